@@ -1,0 +1,402 @@
+"""StatBuffer: what users hold."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+from statbuffer import _lifecycle
+from statbuffer._clock import SYSTEM_CLOCK
+from statbuffer._delivery import Delivery
+from statbuffer._errors import BufferFull, FlushFailed, FlushTimeout, NotApplied, NotStarted, Stopped, Undelivered
+from statbuffer._flusher import ALL, Flusher, Request
+from statbuffer._options import Options
+from statbuffer._stats import Ledger, Stats
+from statbuffer._table import CounterTable
+from statbuffer.sinks import Sink, make_sink
+from statbuffer.sinks.callback import BatchCallbackSink, CallbackSink
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterable, Mapping
+    from types import TracebackType
+
+    from typing_extensions import Self
+
+    from statbuffer._batch import Batch, DeadLetter
+    from statbuffer._clock import Clock
+
+log = logging.getLogger("statbuffer")
+
+_SHUTDOWN: Final[Any] = object()
+"""Stands for the option `shutdown`, since None means no limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class StopReport:
+    """What `stop()` leaves behind: the counts that are in no store, each listed."""
+
+    pending: Mapping[Hashable, int]
+    """Known not to be stored."""
+    in_flight: Batch | None
+    """Offered to the store, which has not answered: stored or not."""
+    dead: tuple[DeadLetter, ...]
+    last_error: str | None
+
+    @property
+    def left(self) -> int:
+        """The sum of what is in no store as far as is known, dead letters included."""
+        in_flight = self.in_flight.total if self.in_flight else 0
+        return sum(self.pending.values()) + in_flight + sum(letter.count for letter in self.dead)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every accepted count is stored (or was dropped by `restart="temporary"` or `reset()`)."""
+        return not (self.pending or self.in_flight or self.dead)
+
+    def __str__(self) -> str:
+        if self.complete:
+            return "nothing left"
+        parts = [f"{sum(self.pending.values())} pending in {len(self.pending)} keys"]
+        if self.in_flight:
+            parts.append(f"{self.in_flight.total} in flight, stored or not (batch {self.in_flight.id})")
+        if self.dead:
+            parts.append(f"{sum(letter.count for letter in self.dead)} in {len(self.dead)} dead letters")
+        return "; ".join(parts) + (f"; the store last said: {self.last_error}" if self.last_error else "")
+
+
+class StatBuffer:
+    """Counts in memory, delivers batches to a store in the background.
+
+    Give it a sink, `StatBuffer("sqlite:///views.db", interval=1.0)`, or subclass it and define `handle_flush(key, count)`
+    or `handle_batch(batch)`: `class PageViews(StatBuffer, interval=1.0)`. `sink` is a `Sink`, a URL or a callable
+    `(key, count)`; options are those of `Options`, the ones given here come before the class's own. Wrong ones raise
+    `OptionError`, a missing or doubled sink `TypeError`; nothing is opened before `start()`.
+
+    All methods may be called from any thread.
+    """
+
+    class_options: ClassVar[Options] = Options()
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__()
+        cls.class_options = cls.class_options.replace(**options)
+
+    def __init__(
+        self, sink: Sink | str | Callable[[Any, int], object] | None = None, *, clock: Clock = SYSTEM_CLOCK, **options: Any
+    ) -> None:
+        self.options = self.class_options.replace(**options)
+        """The options in force; frozen."""
+        self.sink = self._choose_sink(sink)
+        self._clock = clock
+        self._state = "new"
+        self._state_lock = threading.RLock()
+        self._full_request: Request | None = None
+        self._table = CounterTable(
+            interval=self.options.interval,
+            jitter=self.options.jitter,
+            tick=self.options.tick,
+            max_keys=self.options.max_keys,
+            clock=clock.monotonic,
+            check_key=getattr(self.sink, "check_key", None),
+            on_full=self._on_full,
+            wake=self._wake,
+        )
+        self._table.close()
+        self._assemble()
+
+    def _choose_sink(self, sink: Sink | str | Callable[[Any, int], object] | None) -> Sink:
+        name = type(self).__name__
+        handlers = [method for method in ("handle_flush", "handle_batch") if hasattr(self, method)]
+        given = ["a sink"] * (sink is not None) + handlers
+        if not given:
+            raise TypeError(
+                f"{name} has nowhere to deliver to: pass a sink ({name}('sqlite:///counts.db'), a function of (key, count) or "
+                "a Sink), or define handle_flush(self, key, count) or handle_batch(self, batch) in a subclass"
+            )
+        if len(given) > 1:
+            raise TypeError(f"{name} has {' and '.join(given)}: counts go to one place only, keep one of them")
+        if sink is not None:
+            return make_sink(sink, workers=self.options.workers)
+        if handlers == ["handle_flush"]:
+            return CallbackSink(self.handle_flush, workers=self.options.workers)  # type: ignore[attr-defined]
+        return BatchCallbackSink(self.handle_batch)  # type: ignore[attr-defined]
+
+    def _assemble(self) -> None:
+        """Make what a forked child must not share with its parent."""
+        self._ledger = Ledger(self._table)
+        self._delivery = Delivery(self.sink, self._ledger, self.options, self._clock)
+        name = f"statbuffer-{type(self).__name__}"
+        self._flusher = Flusher(self._table, self._ledger, self._delivery, self.options, self._clock, name)
+
+    # Life
+
+    def start(self) -> Self:
+        """Make the sink ready and accept increments from now on; returns the buffer. A running buffer stays as it is.
+
+        Raises `SinkError` if the sink can't work as it is configured. A store that only can't be reached now is no
+        error: counts are kept until it can.
+        """
+        with self._state_lock:
+            if self._state == "running":
+                return self
+            try:
+                self._delivery.open()
+            except NotApplied as error:
+                log.warning("%r can't be reached yet; counts are kept until it can: %s", self.sink, error)
+            self._table.open()
+            self._state = "running"
+            for name in ("increment", "update"):
+                if getattr(type(self), name) is getattr(StatBuffer, name):  # an override must stay in the way
+                    self.__dict__[name] = getattr(self._table, name)
+            self._flusher.resume()
+            _lifecycle.enter(self)
+        return self
+
+    def stop(self, timeout: float | None = _SHUTDOWN) -> StopReport:
+        """Refuse increments from now on, deliver what is left, and report what could not be delivered.
+
+        Returns after `timeout` seconds at the latest (default: the option `shutdown`; None: as long as it takes), even
+        while the store hangs. What is left stays in the buffer: another `start()` goes on with it.
+        """
+        if timeout is _SHUTDOWN:
+            timeout = self.options.shutdown
+        self._refuse_in_flusher("stop")
+        with self._state_lock:
+            if self._state == "running":
+                self._state = "stopped"
+                for name in ("increment", "update"):
+                    self.__dict__.pop(name, None)
+                self._flusher.apply_inbox()
+                self._table.close()
+                self._drain(timeout)
+                _lifecycle.leave(self)
+            return self._report()
+
+    def _drain(self, timeout: float | None) -> None:
+        """Deliver until nothing is left or the time is up; then end the thread, and close the sink unless it hangs."""
+        deadline = None if timeout is None else self._clock.monotonic() + timeout
+        if timeout != 0 and (len(self._table) or self._delivery.batch is not None):
+            request = self._flusher.ask(ALL, last_chance=True)
+            self._clock.wait(request.done, timeout)
+        self._flusher.halt()
+        left = None if deadline is None else max(0.0, deadline - self._clock.monotonic())
+        close = getattr(self.sink, "close", None)
+        if self._clock.wait(self._flusher.ended, left) and close is not None:
+            close()
+
+    def _report(self) -> StopReport:
+        with self._ledger.lock:
+            return StopReport(
+                pending=dict(self._table.items()),
+                in_flight=self._delivery.batch,
+                dead=self.dead_letters(),
+                last_error=self._delivery.last_error,
+            )
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        report = self.stop()
+        if report.complete:
+            return
+        if error is None:
+            raise Undelivered(report)
+        log.error("%r stopped with counts that are not stored: %s", self, report)
+
+    # Counting
+
+    def increment(self, key: Hashable, count: int = 1) -> None:
+        """Add `count` to what is pending for `key`. In the caller's thread, without I/O; `start()` makes it faster yet.
+
+        Raises `TypeError` (key or count of a wrong type, or a key that the sink can't hold), `OverflowError` (past 64
+        bits), `BufferFull`, `NotStarted`, `Stopped`; the increment that raised is not accepted.
+        """
+        self._require_running()
+        self._table.increment(key, count)
+
+    def update(self, counts: Mapping[Any, int] | Iterable[Hashable]) -> None:
+        """Add a mapping of counts, or 1 for each key of an iterable, as `collections.Counter.update` does.
+
+        Raises as `increment` does; the items before the one that raised are accepted, that one and the rest are not.
+        """
+        self._require_running()
+        self._table.update(counts)
+
+    def async_increment(self, key: Hashable, count: int = 1) -> None:
+        """Leave an increment for the flusher's thread to make. Safe in signal handlers and finalizers: takes no lock.
+
+        It is accepted (and shows in `stats()`) when the flusher makes it, at once. What is known to be wrong raises
+        here: `TypeError`, `NotStarted`, `Stopped`, and `BufferFull` when `max_keys` increments wait; what turns out to
+        be wrong later (a key that the sink can't hold, overflow) is logged as an error.
+        """
+        self._require_running()
+        hash(key)
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise TypeError(f"count={count!r}: expected an int")
+        self._flusher.post(key, count)
+
+    def _require_running(self) -> None:
+        if self._state == "new":
+            raise NotStarted(f"{self!r} is not started: call start() or use it in a with statement; nothing was counted")
+        if self._state == "stopped":
+            raise Stopped(f"{self!r} is stopped; nothing was counted")
+
+    def _on_full(self, key: Hashable) -> Hashable:
+        """Decide on a new key in a full table: raise, wait, or return the key that gets its count. Caller's thread."""
+        if self._state == "stopped":  # stop() lets in what async_increment has left, since there is no later
+            return key
+        self._flush_ahead()
+        if self.options.on_full == "fold":
+            return self.options.overflow_key
+        if self.options.on_full == "block" and not self._flusher.is_current_thread():
+            self._wait_for_room(key)
+            return key
+        raise BufferFull(key, self.options.max_keys)
+
+    def _wait_for_room(self, key: Hashable) -> None:
+        timeout = self.options.full_timeout
+        deadline = None if timeout is None else self._clock.monotonic() + timeout
+        while True:
+            space = self._flusher.space
+            if len(self._table) < self.options.max_keys or self._table.closed:
+                return
+            self._flush_ahead()
+            left = None if deadline is None else deadline - self._clock.monotonic()
+            if (left is not None and left <= 0) or not self._clock.wait(space, left):
+                raise BufferFull(key, self.options.max_keys)
+
+    def _flush_ahead(self) -> None:
+        """A full buffer does not wait for its interval."""
+        if self._full_request is None or self._full_request.done.is_set():
+            self._full_request = self._flusher.ask(ALL)
+
+    def _wake(self) -> bool:
+        _lifecycle.on_thread_start()
+        return self._flusher.wake()
+
+    # Delivering
+
+    def flush(self, key: Any = ALL, *, timeout: float | None = None) -> None:
+        """Deliver at once what is pending (for `key`, or for all keys) and return when it is stored.
+
+        Raises `FlushTimeout` after `timeout` seconds (None: waits as long as it takes): the counts stay in the buffer.
+        Raises `FlushFailed` if some of them became dead letters or were dropped.
+        """
+        self._require_running()
+        self._refuse_in_flusher("flush")
+        self._flusher.apply_inbox()
+        request = self._flusher.ask(key)
+        if not self._clock.wait(request.done, timeout):
+            assert timeout is not None
+            stats = self.stats()
+            raise FlushTimeout(timeout, stats.pending + stats.in_flight, stats.last_error)
+        if request.dead or request.dropped:
+            raise FlushFailed(request.dead, request.dropped)
+
+    def async_flush(self, key: Any = ALL) -> None:
+        """Have what is pending (for `key`, or for all keys) delivered at once, without waiting for it."""
+        self._require_running()
+        self._flusher.ask(key)
+
+    def _refuse_in_flusher(self, method: str) -> None:
+        if self._flusher.is_current_thread():
+            raise RuntimeError(f"{method}() in the flusher's own thread would wait for itself; use async_flush() there")
+
+    def dead_letters(self) -> tuple[DeadLetter, ...]:
+        """Return the counts that the store rejected for good, one letter a key."""
+        with self._ledger.lock:
+            return tuple(self._delivery.dead.values())
+
+    def retry_dead_letters(self) -> int:
+        """Put all dead letters back to be delivered again, once the reason is mended; return the sum of their counts."""
+        self._require_running()
+        with self._ledger.lock:
+            counts = {letter.key: letter.count for letter in self._delivery.dead.values()}
+            self._delivery.dead.clear()
+            self._ledger.revive(counts, self._clock.monotonic())
+        return sum(counts.values())
+
+    def reset(self) -> int:
+        """Discard what is pending and return its sum, which `stats()` shows as dropped. Meant for tests.
+
+        A batch that is in flight is delivered all the same; dead letters stay.
+        """
+        self._flusher.apply_inbox()
+        return self._ledger.discard(self.options.batch_keys)
+
+    # Reading
+
+    def count(self, key: Hashable) -> int:
+        """Return what is pending for `key` in the table, 0 if nothing is."""
+        return self._table.count(key)
+
+    def total(self, key: Hashable) -> int:
+        """Return what is stored, in flight and pending for `key`. Reads the store: raises what that raises.
+
+        Waits for an attempt that is under way, so that no batch is seen twice or missed. `TypeError` if the sink can't
+        read (a callback can't).
+        """
+        return self.totals([key])[key]
+
+    def totals(self, keys: Iterable[Hashable]) -> dict[Hashable, int]:
+        """Return `total(key)` for each of `keys`, with one look at the store."""
+        wanted = list(keys)
+        read = getattr(self.sink, "totals", None)
+        if read is None:
+            raise TypeError(f"{self.sink!r} can't read: it has no totals(keys); count(key) tells what is pending")
+        with self._delivery.attempting:
+            with self._ledger.lock:
+                batch = self._delivery.batch
+                unstored = {key: self._table.count(key) for key in wanted}
+            if batch is not None and not self._is_applied(batch):
+                for key in unstored:
+                    unstored[key] += batch.counts.get(key, 0)
+            stored = read(wanted)
+        return {key: count + stored.get(key, 0) for key, count in unstored.items()}
+
+    def _is_applied(self, batch: Batch) -> bool:
+        """Whether a batch in flight is stored already, its answer being lost."""
+        applied = getattr(self.sink, "applied", None)
+        return self._delivery.frozen and applied is not None and bool(applied(batch))
+
+    def stats(self) -> Stats:
+        """Return one consistent instant of the books; `stats().balanced` checks them."""
+        with self._ledger.lock:
+            accepted, pending = self._table.totals()
+            oldest = min(self._table.oldest(), self._delivery.born)
+            return Stats(
+                accepted=accepted,
+                stored=self._ledger.stored,
+                pending=pending,
+                in_flight=self._ledger.in_flight,
+                journaled=0,
+                dead=self._ledger.dead,
+                dropped=self._ledger.dropped,
+                keys=len(self._table),
+                batches=self._ledger.batches,
+                attempts=self._ledger.attempts,
+                failures=self._ledger.failures,
+                failing=self._delivery.failing,
+                oldest_pending_seconds=max(0.0, self._clock.monotonic() - oldest),
+                last_error=self._delivery.last_error,
+                last_flush_seconds=self._ledger.last_flush_seconds,
+                table_kind=self._table.kind,
+            )
+
+    def __repr__(self) -> str:
+        keys = len(self._table)
+        state = self._state if self._state != "running" or not self._delivery.failing else "failing"
+        return f"<{type(self).__name__} {state}: {keys} keys pending, to {self.sink!r}>"
+
+    def _after_fork(self) -> None:
+        """Start anew in a forked child. The only thread of the child calls this, before anything else."""
+        self._table.forget()
+        self._state_lock = threading.RLock()
+        self._full_request = None
+        after_fork = getattr(self.sink, "after_fork", None)
+        if after_fork is not None:
+            after_fork()
+        self._assemble()

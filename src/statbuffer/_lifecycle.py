@@ -1,0 +1,59 @@
+"""What happens to running buffers when their process forks or ends.
+
+Exit: `atexit` runs after the interpreter has joined the application's non-daemon threads, so they can count until
+their end, and before it refuses new threads. Children made by `multiprocessing` leave by `os._exit` and run no `atexit`
+functions, but they do run `multiprocessing.util.Finalize` callbacks.
+
+Fork: the child has the parent's memory but none of its threads. The parent still owns the counts, so the child drops
+them, and starts anew with a writer id of its own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import sys
+import weakref
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from statbuffer._buffer import StatBuffer
+
+_running: weakref.WeakSet[StatBuffer] = weakref.WeakSet()
+_finalized_pid: int | None = None
+
+
+def enter(buffer: StatBuffer) -> None:
+    """Have `buffer` stopped when the process exits, and renewed when it forks."""
+    _running.add(buffer)
+
+
+def leave(buffer: StatBuffer) -> None:
+    """Undo `enter`."""
+    _running.discard(buffer)
+
+
+def on_thread_start() -> None:
+    """Arrange for the exit of a `multiprocessing` child. Late, since `multiprocessing` forgets what it inherited."""
+    global _finalized_pid  # noqa: PLW0603  # once a process
+    util = sys.modules.get("multiprocessing.util")
+    process = sys.modules.get("multiprocessing.process")
+    if util is None or process is None or process.parent_process() is None or _finalized_pid == os.getpid():
+        return
+    _finalized_pid = os.getpid()
+    util.Finalize(None, _stop_all, exitpriority=0)
+
+
+def _stop_all() -> None:
+    for buffer in list(_running):
+        buffer.stop()
+
+
+def _renew_all() -> None:
+    for buffer in list(_running):
+        buffer._after_fork()  # noqa: SLF001  # no business of a user
+
+
+atexit.register(_stop_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_all)

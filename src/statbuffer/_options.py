@@ -1,0 +1,119 @@
+"""The options of a buffer: one frozen value in which nothing wrong can be."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import random
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+from statbuffer._errors import OptionError
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+Restart = Literal["transient", "temporary", "permanent"]
+OnFull = Literal["raise", "block", "fold"]
+
+_SECONDS = ("interval", "jitter", "timeout", "backoff")
+_SECONDS_OR_NONE = ("shutdown", "full_timeout")
+_WHOLE = ("max_attempts", "batch_keys", "workers", "max_keys")
+_CHOICES = {"restart": ("transient", "temporary", "permanent"), "on_full": ("raise", "block", "fold")}
+
+_TICKS_PER_INTERVAL = 50
+_TICK_MIN, _TICK_MAX = 0.001, 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How a buffer behaves. Times are seconds (float, int or `timedelta`); a wrong value raises `OptionError`."""
+
+    interval: float = 5.0
+    """Seconds from a key's first increment until it is due. Longer: fewer writes; shorter: fresher rows, less at stake."""
+
+    jitter: float = 0.0
+    """Up to this many seconds, drawn uniformly, are added to each key's interval, so that hosts don't write in step."""
+
+    timeout: float = 10.0
+    """Seconds without work after which the flusher thread ends and the table's memory is given back."""
+
+    backoff: float = 1.0
+    """Seconds before a failed delivery is tried again; doubled at each further failure, up to 60 s."""
+
+    restart: Restart = "transient"
+    """What becomes of a batch that fails. "transient": tried for ever, ever more slowly. "permanent": tried for ever,
+    each `backoff` seconds. "temporary": one try, then dropped and counted in `stats().dropped`."""
+
+    shutdown: float | None = 5.0
+    """Seconds that `stop()` may take at exit. None: as long as it takes. 0: at once, delivering nothing."""
+
+    max_attempts: int = 4
+    """Failures in a row after which `stats().failing` is true and the log says ERROR. Nothing is dropped by it."""
+
+    batch_keys: int = 2_500
+    """Keys in one batch at most. Taking more at once would hold the GIL for longer than a millisecond."""
+
+    workers: int = 8
+    """Threads that call `handle_flush`, for a callback sink. 1: one call after the other."""
+
+    max_keys: int = 1_000_000
+    """Distinct pending keys (about 100 bytes each, beside the key). At the bound `on_full` decides on a new key."""
+
+    on_full: OnFull = "raise"
+    """What a new key meets in a full table. "raise": `BufferFull`. "block": the caller waits for room. "fold": its count
+    goes to `overflow_key`. A key that is pending already is always accepted; a full buffer is flushed ahead of time."""
+
+    full_timeout: float | None = None
+    """With on_full="block": seconds to wait for room before `BufferFull` is raised. None: as long as it takes."""
+
+    overflow_key: Hashable = "__overflow__"
+    """With on_full="fold": the key that takes the counts of the keys that found no room. Your sink must hold it."""
+
+    def __post_init__(self) -> None:
+        for name in _SECONDS:
+            object.__setattr__(self, name, _seconds(name, getattr(self, name)))
+        for name in _SECONDS_OR_NONE:
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _seconds(name, getattr(self, name), or_none=True))
+        for name in _WHOLE:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise OptionError(name, value, "a whole number of at least 1")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise OptionError(name, getattr(self, name), " or ".join(map(repr, choices)))
+        try:
+            hash(self.overflow_key)
+        except TypeError:
+            raise OptionError("overflow_key", self.overflow_key, "a hashable key") from None
+
+    def replace(self, **changes: Any) -> Options:
+        """Return a copy with these options changed. An unknown name raises `OptionError`, with the nearest known one."""
+        known = [field.name for field in dataclasses.fields(self)]
+        for name in changes:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
+                raise OptionError(name, changes[name], f"a known option; {hint}")
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def tick(self) -> float:
+        """Seconds of one step of the schedule: interval/50, between 1 ms and 100 ms. Keys are late by one at most."""
+        return min(max(self.interval / _TICKS_PER_INTERVAL, _TICK_MIN), _TICK_MAX)
+
+    def next_interval(self) -> float:
+        """Draw what a new key would wait: `interval` plus a uniform part of `jitter`, in seconds."""
+        return self.interval + random.random() * self.jitter  # noqa: S311  # spreads writes, guards no secret
+
+
+def _seconds(name: str, value: object, *, or_none: bool = False) -> float:
+    if isinstance(value, timedelta):
+        value = value.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        expected = "seconds: a finite number >= 0, or a timedelta"
+        raise OptionError(name, value, expected + (", or None for no limit" if or_none else ""))
+    return float(value)
