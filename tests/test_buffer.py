@@ -40,7 +40,9 @@ def test_the_public_names_are_these():
 
 def test_import_stays_light():
     code = "import sys, statbuffer; print([m for m in ('sqlalchemy', 'typer', 'rich', 'multiprocessing', 'asyncio') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 # What a buffer can be made of
@@ -75,7 +77,9 @@ def test_nowhere_to_deliver_to_is_refused_at_once():
     class Empty(StatBuffer):
         pass
 
-    with pytest.raises(TypeError, match=r"Empty has nowhere to deliver to: pass a sink .* or define handle_flush\(self, key, count\)"):
+    with pytest.raises(
+        TypeError, match=r"Empty has nowhere to deliver to: pass a sink .* or define handle_flush\(self, key, count\)"
+    ):
         Empty()
 
 
@@ -493,7 +497,9 @@ def test_a_full_buffer_refuses_new_keys_and_takes_known_ones(make_buffer, clock)
     sink = FaultySink(MemorySink(), [Fault.REFUSE] * 3)
     views = make_buffer(sink, max_keys=2, interval=60.0)
     views.update(["a", "b"])
-    with pytest.raises(BufferFull, match=r"2 keys are pending \(max_keys\): the increment of new key 'c' was not accepted") as caught:
+    with pytest.raises(
+        BufferFull, match=r"2 keys are pending \(max_keys\): the increment of new key 'c' was not accepted"
+    ) as caught:
         views.increment("c")
     assert (caught.value.key, caught.value.max_keys) == ("c", 2)
     views.increment("a")
@@ -512,7 +518,9 @@ def test_a_full_buffer_can_fold(make_buffer, clock, sink):
 
 def test_a_full_buffer_can_block_until_there_is_room(sink):
     with StatBuffer(sink, max_keys=10, interval=60.0, on_full="block") as views:
-        threads = [threading.Thread(target=views.update, args=(range(start, start + 500),)) for start in (0, 500, 1_000)]
+        threads = [
+            threading.Thread(target=views.update, args=(range(start, start + 500),)) for start in (0, 500, 1_000)
+        ]
         for thread in threads:
             thread.start()
         for thread in threads:

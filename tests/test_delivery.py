@@ -322,7 +322,9 @@ def test_flush_says_when_time_runs_out_and_loses_nothing(make_buffer, clock):
     sink = FaultySink(MemorySink(), [Fault.REFUSE] * 4)
     views = make_buffer(sink, interval=1.0)
     views.increment("a", 5)
-    with pytest.raises(FlushTimeout, match=r"not stored within 2 s; 5 still on the way, nothing lost; .*NotApplied") as caught:
+    with pytest.raises(
+        FlushTimeout, match=r"not stored within 2 s; 5 still on the way, nothing lost; .*NotApplied"
+    ) as caught:
         views.flush(timeout=2.0)
     assert (caught.value.left, caught.value.timeout) == (5, 2.0)
     clock.advance(60.0)

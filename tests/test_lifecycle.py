@@ -27,7 +27,9 @@ def run(code: str, tmp_path, *, check: int = 0) -> Counter[str]:
     store = tmp_path / "store"
     script = tmp_path / "script.py"
     script.write_text(SINK + textwrap.dedent(code))
-    done = subprocess.run([sys.executable, str(script), str(store)], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, str(script), str(store)], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.returncode == check, done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     counts: Counter[str] = Counter()

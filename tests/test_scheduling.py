@@ -25,7 +25,9 @@ def test_a_key_is_delivered_an_interval_after_its_own_first_increment(views, sin
 
 def test_no_key_is_early_and_none_is_later_than_a_tick(clock):
     delivered = []
-    with StatBuffer(lambda key, count: delivered.append((key, clock.monotonic())), clock=clock, interval=1.0, workers=1) as views:
+    with StatBuffer(
+        lambda key, count: delivered.append((key, clock.monotonic())), clock=clock, interval=1.0, workers=1
+    ) as views:
         counted = {}
         for number in range(40):
             counted[number] = clock.monotonic()

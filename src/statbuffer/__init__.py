@@ -1,9 +1,9 @@
 """Absorb a firehose of increments in memory, write a trickle of batches to a store, lose and double nothing.
 
-    from statbuffer import StatBuffer
+from statbuffer import StatBuffer
 
-    with StatBuffer("sqlite:///views.db", interval=1.0) as views:
-        views.increment("/home")
+with StatBuffer("sqlite:///views.db", interval=1.0) as views:
+    views.increment("/home")
 """
 
 from statbuffer._batch import Batch, DeadLetter

@@ -84,7 +84,11 @@ class StatBuffer:
         cls.class_options = cls.class_options.replace(**options)
 
     def __init__(
-        self, sink: Sink | str | Callable[[Any, int], object] | None = None, *, clock: Clock = SYSTEM_CLOCK, **options: Any
+        self,
+        sink: Sink | str | Callable[[Any, int], object] | None = None,
+        *,
+        clock: Clock = SYSTEM_CLOCK,
+        **options: Any,
     ) -> None:
         self.options = self.class_options.replace(**options)
         """The options in force; frozen."""
@@ -128,7 +132,7 @@ class StatBuffer:
         self._ledger = Ledger(self._table)
         self._delivery = Delivery(self.sink, self._ledger, self.options, self._clock)
         name = f"statbuffer-{type(self).__name__}"
-        self._flusher = Flusher(self._table, self._ledger, self._delivery, self.options, self._clock, name)
+        self._flusher = Flusher(self._table, self._ledger, self._delivery, self.options, self._clock, name=name)
 
     # Life
 
@@ -198,7 +202,9 @@ class StatBuffer:
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         report = self.stop()
         if report.complete:
             return
@@ -240,7 +246,9 @@ class StatBuffer:
 
     def _require_running(self) -> None:
         if self._state == "new":
-            raise NotStarted(f"{self!r} is not started: call start() or use it in a with statement; nothing was counted")
+            raise NotStarted(
+                f"{self!r} is not started: call start() or use it in a with statement; nothing was counted"
+            )
         if self._state == "stopped":
             raise Stopped(f"{self!r} is stopped; nothing was counted")
 

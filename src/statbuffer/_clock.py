@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import contextlib
 import queue
 import threading
 import time
@@ -56,10 +57,8 @@ class SystemAlarm:
     def wait(self, timeout: float | None) -> None:
         if timeout is not None:
             timeout = min(timeout, threading.TIMEOUT_MAX)
-        try:
+        with contextlib.suppress(queue.Empty):
             self._rings.get(timeout=timeout)
-        except queue.Empty:
-            pass
         self._rung = False
 
 

@@ -237,9 +237,9 @@ class Delivery:
                 before = self.dead.get(key)
                 self.dead[key] = DeadLetter(key, count + (before.count if before else 0), reasons[key], batch.id)
             self._ledger.settle(dead=sum(buried.values()))
-        for key in buried:
+        for key, count in buried.items():
             self._key_failures.pop(key, None)
-            log.error("dead letter: %d for key %.200r: %s", buried[key], key, reasons[key])
+            log.error("dead letter: %d for key %.200r: %s", count, key, reasons[key])
         return buried
 
     def _drop(self, batch: Batch) -> Settled:
@@ -258,7 +258,11 @@ class Delivery:
         self._failures += 1
         self.resume_at = self._clock.monotonic() + pause_after(self._failures, self._options)
         if self._failures == self._options.max_attempts:
-            log.error("%d deliveries in a row have failed; counts are kept and tried again: %s", self._failures, self.last_error)
+            log.error(
+                "%d deliveries in a row have failed; counts are kept and tried again: %s",
+                self._failures,
+                self.last_error,
+            )
 
     def _succeeded(self, keys: Iterable[Hashable]) -> None:
         self._failures = 0

@@ -68,7 +68,7 @@ class Flusher:
     """Schedules the delivery of one table to one sink."""
 
     def __init__(
-        self, table: CounterTable, ledger: Ledger, delivery: Delivery, options: Options, clock: Clock, name: str
+        self, table: CounterTable, ledger: Ledger, delivery: Delivery, options: Options, clock: Clock, *, name: str
     ) -> None:
         self._table = table
         self._ledger = ledger
@@ -101,7 +101,9 @@ class Flusher:
                 self.ended.clear()
                 try:
                     self._clock.spawn(self._run, self._name)
-                except RuntimeError as error:  # no more threads: the caller's count is accepted; the next key asks again
+                except (
+                    RuntimeError
+                ) as error:  # no more threads: the caller's count is accepted; the next key asks again
                     self._starting = False
                     self.ended.set()
                     log.error("the flusher thread of %s can't be started; counts wait in memory: %s", self._name, error)

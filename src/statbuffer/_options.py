@@ -93,11 +93,11 @@ class Options:
     def replace(self, **changes: Any) -> Options:
         """Return a copy with these options changed. An unknown name raises `OptionError`, with the nearest known one."""
         known = [field.name for field in dataclasses.fields(self)]
-        for name in changes:
+        for name, value in changes.items():
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"one of {', '.join(known)}"
-                raise OptionError(name, changes[name], f"a known option; {hint}")
+                raise OptionError(name, value, f"a known option; {hint}")
         return dataclasses.replace(self, **changes)
 
     @property

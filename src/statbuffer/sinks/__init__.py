@@ -57,7 +57,9 @@ def make_sink(sink: Sink | str | Callable[[Any, int], object], *, workers: int) 
         from statbuffer.sinks.callback import CallbackSink
 
         return CallbackSink(sink, workers=workers)
-    raise TypeError(f"{sink!r} is no sink: expected a URL, a function of (key, count), or an object with `exact` and `apply(batch)`")
+    raise TypeError(
+        f"{sink!r} is no sink: expected a URL, a function of (key, count), or an object with `exact` and `apply(batch)`"
+    )
 
 
 def from_url(url: str, **options: Any) -> Sink:
