@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import sys
+import threading
+import time
 
 import pytest
 
-from statbuffer import FlushFailed, FlushTimeout, NotApplied, PartlyApplied, Rejected, StatBuffer
+from statbuffer import FlushFailed, FlushTimeout, NotApplied, PartlyApplied, Rejected, StatBuffer, Stopped
 from statbuffer._delivery import BACKOFF_CAP, Fate, next_step, pause_after
 from statbuffer._options import Options
 from statbuffer.testing import Fault, FaultySink, MemorySink
@@ -346,6 +348,28 @@ def test_flush_says_when_counts_were_dropped(make_buffer):
     views.increment("a", 3)
     with pytest.raises(FlushFailed, match="3 dropped"):
         views.flush("a")
+
+
+def test_flush_says_when_the_buffer_is_stopped_first():
+    """In real time: one thread waits, another stops."""
+    sink = FaultySink(MemorySink(), [Fault.REFUSE] * 1_000)
+    views = StatBuffer(sink, backoff=0.01).start()
+    views.increment("a", 3)
+    errors = []
+
+    def flush() -> None:
+        try:
+            views.flush()
+        except Stopped as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=flush)
+    thread.start()
+    while not sink.offered:
+        time.sleep(0.001)
+    assert views.stop(timeout=0.05).pending == {"a": 3}
+    thread.join(10)
+    assert "stopped before all was stored" in errors[0]
 
 
 def test_many_callers_of_flush_during_an_outage_do_not_hammer_the_store(make_buffer, clock):

@@ -291,7 +291,7 @@ class StatBuffer:
         """Deliver at once what is pending (for `key`, or for all keys) and return when it is stored.
 
         Raises `FlushTimeout` after `timeout` seconds (None: waits as long as it takes): the counts stay in the buffer.
-        Raises `FlushFailed` if some of them became dead letters or were dropped.
+        Raises `FlushFailed` if some of them became dead letters or were dropped, `Stopped` if the buffer is stopped first.
         """
         self._require_running()
         self._refuse_in_flusher("flush")
@@ -301,6 +301,8 @@ class StatBuffer:
             assert timeout is not None
             stats = self.stats()
             raise FlushTimeout(timeout, stats.pending + stats.in_flight, stats.last_error)
+        if request.abandoned:
+            raise Stopped(f"{self!r} was stopped before all was stored; what stop() returned lists the rest")
         if request.dead or request.dropped:
             raise FlushFailed(request.dead, request.dropped)
 

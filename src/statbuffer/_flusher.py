@@ -51,6 +51,8 @@ class Request:
         self.done = threading.Event()
         self.dead = 0
         self.dropped = 0
+        self.abandoned = False
+        """The buffer was stopped first."""
         self.to_take = False
         """The key's count is in the table and has to be taken yet; else it is in flight."""
 
@@ -101,12 +103,10 @@ class Flusher:
                 self.ended.clear()
                 try:
                     self._clock.spawn(self._run, self._name)
-                except (
-                    RuntimeError
-                ) as error:  # no more threads: the caller's count is accepted; the next key asks again
+                except RuntimeError:  # no more threads: the count is accepted, and the next new key asks again
                     self._starting = False
                     self.ended.set()
-                    log.error("the flusher thread of %s can't be started; counts wait in memory: %s", self._name, error)
+                    log.exception("the flusher thread of %s can't be started; counts wait in memory", self._name)
                     return False
         self._alarm.ring()
         return True
@@ -219,9 +219,11 @@ class Flusher:
 
     def _retire(self) -> bool:
         """End this thread, unless work came in at the last moment."""
+        self._table.release()
+        if self._halted:
+            self._abandon_requests()
         with self._lock:
             self._thread = self._idle_since = None
-            self._table.release()
             if self._starting:
                 return True
             if self._halted or not self._has_work():
@@ -233,6 +235,14 @@ class Flusher:
     def _has_work(self) -> bool:
         in_flight = self._delivery.batch is not None
         return bool(len(self._table) or self._inbox or self._asked or self._waiting or in_flight)
+
+    def _abandon_requests(self) -> None:
+        """Tell those who still wait that nobody delivers any more."""
+        waiting, self._waiting = self._waiting, []
+        for request in [*waiting, *self._asked]:
+            request.abandoned = True
+            request.done.set()
+        self._asked.clear()
 
     def _accept_requests(self) -> None:
         while self._asked:

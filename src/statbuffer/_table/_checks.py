@@ -1,7 +1,8 @@
-"""What both tables say to a wrong increment."""
+"""What both tables say to a wrong increment, and of an error that they can raise to nobody."""
 
 from __future__ import annotations
 
+import sys
 from typing import NoReturn
 
 from statbuffer._errors import Stopped
@@ -31,3 +32,18 @@ def shown(value: object) -> str:
 def refuse() -> NoReturn:
     """Raise `Stopped`."""
     raise Stopped("the buffer is stopped; nothing was counted")
+
+
+def report(culprit: object) -> None:
+    """Do with the current exception what C code does with one that it can raise to nobody."""
+    kind, error, trace = sys.exc_info()
+    sys.unraisablehook(_Unraisable(kind, error, trace, culprit))  # type: ignore[arg-type]
+
+
+class _Unraisable:
+    """What `sys.unraisablehook` takes; its own type can't be made outside of C."""
+
+    def __init__(self, kind: object, error: object, trace: object, culprit: object) -> None:
+        self.exc_type, self.exc_value, self.exc_traceback = kind, error, trace
+        self.err_msg = None
+        self.object = culprit

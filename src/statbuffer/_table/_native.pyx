@@ -29,11 +29,10 @@ from collections.abc import Mapping
 from heapq import heappop, heappush
 
 from statbuffer._errors import BufferFull
-from statbuffer._table._checks import OVERFLOW, refuse, whole
+from statbuffer._table._checks import OVERFLOW, refuse, report, whole
 
 cdef extern from "Python.h":
     PyObject* PyDict_GetItemWithError(dict d, object key) except? NULL
-    void PyErr_WriteUnraisable(object o)
 
 cdef extern from *:
     """
@@ -209,7 +208,7 @@ cdef class CounterTable:
         try:
             self._unwoken = not self._wake()
         except BaseException:
-            PyErr_WriteUnraisable(self._wake)
+            report(self._wake)
         return 0
 
     # Taking and putting back
@@ -260,12 +259,12 @@ cdef class CounterTable:
         return 0
 
     cdef int _hand_over(self, object key, int64_t n, dict counts) except -1:
-        cdef object count = n
+        cdef Py_ssize_t before = len(counts)
         cdef object present
         cdef int64_t total
         try:
-            present = <object>PyDict_SetDefault(counts, key, count)
-            if present is not count:  # one more count of a key that is in this take already
+            present = <object>PyDict_SetDefault(counts, key, n)
+            if len(counts) == before:  # one more count of a key that is in this take already
                 if statbuffer_add(present, n, &total):
                     raise OverflowError(OVERFLOW.format(present, n))
                 counts[key] = total
@@ -276,7 +275,7 @@ cdef class CounterTable:
 
     cdef int _keep(self, object key, int64_t n) except -1:
         """Set aside what an exception, the current one, has kept from moving on."""
-        PyErr_WriteUnraisable(key)
+        report(key)
         if not self._stuck:
             self._stuck_born = self._clock()
         self._stuck_until = self._clock() + self._interval

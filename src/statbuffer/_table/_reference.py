@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import random
-import sys
 import threading
 import time
 from collections import deque
@@ -20,7 +19,7 @@ from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Any, Final
 
 from statbuffer._errors import BufferFull
-from statbuffer._table._checks import INT64_MAX, INT64_MIN, OVERFLOW, refuse, whole
+from statbuffer._table._checks import INT64_MAX, INT64_MIN, OVERFLOW, refuse, report, whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable
@@ -86,6 +85,16 @@ class CounterTable:
         self._wake = wake
         self.closed = False
         self._cells: dict[Hashable, _Cell] = {}
+        self._wheel: dict[int, _Bucket]
+        self._ticks: list[int]  # heap of the wheel's ticks
+        self._due: deque[_Bucket]  # buckets that are due already, whatever their tick
+        self._entries: int  # keys in all buckets, the stale ones too
+        self._stuck: list[tuple[Hashable, int]]
+        self._stuck_born: float
+        self._stuck_until: float
+        self._accepted: int
+        self._left: int  # taken, less put back
+        self._unwoken: bool
         self.forget()
 
     # Counting: the caller's thread
@@ -165,7 +174,7 @@ class CounterTable:
         try:
             self._unwoken = not self._wake()
         except BaseException:  # noqa: BLE001  # the count is accepted: its caller must not hear otherwise
-            _report(self._wake)
+            report(self._wake)
 
     # Taking and putting back
 
@@ -228,14 +237,15 @@ class CounterTable:
 
     def _keep(self, key: Hashable, n: int) -> None:
         """Set aside what an exception, the current one, has kept from moving on; `n` 0: the count is in its cell yet."""
-        _report(key)
+        report(key)
         if not self._stuck:
             self._stuck_born = self._clock()
         self._stuck_until = self._clock() + self._interval
         self._stuck.append((key, n))
 
     def _take_stuck(self, counts: dict[Hashable, int]) -> None:
-        stuck, self._stuck = self._stuck, []
+        stuck = self._stuck
+        self._stuck = []
         for key, count in stuck:
             if count:
                 self._hand_over(key, count, counts)
@@ -358,11 +368,11 @@ class CounterTable:
         """Be empty, as if nothing had ever been counted: in a forked child, the counts are the parent's."""
         self._lock = threading.RLock()
         self._cells.clear()
-        self._wheel: dict[int, _Bucket] = {}
-        self._ticks: list[int] = []
-        self._due: deque[_Bucket] = deque()
+        self._wheel = {}
+        self._ticks = []
+        self._due = deque()
         self._entries = 0
-        self._stuck: list[tuple[Hashable, int]] = []
+        self._stuck = []
         self._stuck_born = self._stuck_until = math.inf
         self._accepted = self._left = 0
         self._unwoken = False
@@ -372,18 +382,3 @@ class CounterTable:
         with self._lock:
             if not self._cells:
                 self._cells.clear()
-
-
-def _report(culprit: object) -> None:
-    """Do with the current exception what C code does with one that it can raise to nobody."""
-    kind, error, trace = sys.exc_info()
-    sys.unraisablehook(_Unraisable(kind, error, trace, culprit))  # type: ignore[arg-type]
-
-
-class _Unraisable:
-    """What `sys.unraisablehook` takes; its own type can't be made outside of C."""
-
-    def __init__(self, kind: object, error: object, trace: object, culprit: object) -> None:
-        self.exc_type, self.exc_value, self.exc_traceback = kind, error, trace
-        self.err_msg = None
-        self.object = culprit
