@@ -6,6 +6,7 @@ and `__eq__` (inside dict operations), the hooks, and finalizers, when memory is
 whatever runs there, another thread's take included, finds each count in exactly one place. Two rules carry this. (1)
 Nothing that can run Python code stands between a look-up's answer and the addition to the cell it found. (2) A cell
 leaves the dict by a pop that returns it, and its count is read after the pop, when nobody else can reach it any more.
+(A dict can come to hold a key twice, if its `__eq__` lets another thread insert it too: each cell is then taken by itself.)
 A free-threaded interpreter takes the GIL back when it imports this module, which does not declare `Py_mod_gil`.
 
 Loss: a key that raises in `__hash__` or `__eq__` while it is taken or put back waits in `_stuck`, to be tried again an
@@ -81,6 +82,7 @@ cdef class CounterTable:
     cdef list _ticks                            # heap of the wheel's ticks
     cdef object _due                            # deque of buckets that are due already, whatever their tick
     cdef Py_ssize_t _entries                    # keys in all buckets, the stale ones too
+    cdef int _inserting
     cdef list _stuck                            # (key, count); count 0: it is in the cell yet
     cdef double _stuck_born, _stuck_until
     cdef int64_t _accepted_tail, _left_tail     # these sums may pass 64 bits: the tail is C, the rest a Python int
@@ -168,11 +170,19 @@ cdef class CounterTable:
             refuse()
         cell = _Cell.__new__(_Cell)
         cell.due = self._tick_of(now + self._interval + (<double>self._random() * self._jitter if self._jitter else 0.0))
-        present = <_Cell>PyDict_SetDefault(self._cells, key, cell)
+        present = self._settle(key, cell)
         self._count(present, n)
         if present is cell:
             self._schedule(key, cell.due, now)
         return 0
+
+    cdef _Cell _settle(self, object key, _Cell cell):
+        """Return the key's cell, which is `cell` unless somebody was quicker."""
+        self._inserting += 1
+        try:
+            return <_Cell>PyDict_SetDefault(self._cells, key, cell)
+        finally:
+            self._inserting -= 1
 
     cdef inline int64_t _tick_of(self, double moment):
         return <int64_t>ceil(moment / self._tick)
@@ -236,7 +246,15 @@ cdef class CounterTable:
                 born = bucket.born
             if not bucket.keys and self._due and self._due[0] is bucket:
                 self._due.popleft()
+        if self._cells and not self._entries and not self._stuck:
+            self._rescue()
         return (counts, born) if counts else (counts, _INFINITY)
+
+    cdef int _rescue(self) except -1:
+        """Cells without an entry: a key's `__eq__` let two threads insert it at once, and the dict has it twice."""
+        self._stuck += [(key, 0) for key in list(self._cells)]
+        self._stuck_born, self._stuck_until = 0.0, -_INFINITY
+        return 0
 
     def take_all(self, Py_ssize_t limit):
         """`make_due()`, then `take_due`."""
@@ -320,7 +338,7 @@ cdef class CounterTable:
 
     cdef int _return(self, object key, int64_t n, int64_t due) except -1:
         cdef _Cell cell = _Cell.__new__(_Cell)
-        cdef _Cell present = <_Cell>PyDict_SetDefault(self._cells, key, cell)
+        cdef _Cell present = self._settle(key, cell)
         cdef int64_t total
         if statbuffer_add(present.count, n, &total):
             raise OverflowError(OVERFLOW.format(present.count, n))
@@ -425,6 +443,7 @@ cdef class CounterTable:
         self._ticks = []
         self._due = deque()
         self._entries = 0
+        self._inserting = 0
         self._stuck = []
         self._stuck_born = self._stuck_until = _INFINITY
         self._accepted = self._left = 0
@@ -432,6 +451,6 @@ cdef class CounterTable:
         self._unwoken = False
 
     def release(self):
-        """Give memory back, if nothing is pending."""
-        if not self._cells:
+        """Give memory back, if nothing is pending. A dict that is cleared inside an insertion can hide the new key (CPython 3.11)."""
+        if not self._cells and not self._inserting:
             PyDict_Clear(self._cells)

@@ -89,6 +89,7 @@ class CounterTable:
         self._ticks: list[int]  # heap of the wheel's ticks
         self._due: deque[_Bucket]  # buckets that are due already, whatever their tick
         self._entries: int  # keys in all buckets, the stale ones too
+        self._inserting: int
         self._stuck: list[tuple[Hashable, int]]
         self._stuck_born: float
         self._stuck_until: float
@@ -146,10 +147,18 @@ class CounterTable:
                 refuse()
             spread = random.random() * self._jitter if self._jitter else 0.0  # noqa: S311  # spreads writes
             cell = _Cell(self._tick_of(now + self._interval + spread))
-            present = self._cells.setdefault(key, cell)
+            present = self._settle(key, cell)
             self._count(present, n)
             earliest = present is cell and self._schedule(key, cell.due, now)
         self._ring(earliest=earliest)
+
+    def _settle(self, key: Hashable, cell: _Cell) -> _Cell:
+        """Return the key's cell, which is `cell` unless somebody was quicker."""
+        self._inserting += 1
+        try:
+            return self._cells.setdefault(key, cell)
+        finally:
+            self._inserting -= 1
 
     def _tick_of(self, moment: float) -> int:
         return math.ceil(moment / self._tick)
@@ -204,7 +213,14 @@ class CounterTable:
                     born = min(born, bucket.born)
                 if not bucket.keys and self._due and self._due[0] is bucket:
                     self._due.popleft()
+            if self._cells and not self._entries and not self._stuck:
+                self._rescue()
             return counts, (born if counts else math.inf)
+
+    def _rescue(self) -> None:
+        """Cells without an entry: a key's `__eq__` let two threads insert it at once, and the dict has it twice."""
+        self._stuck += [(key, 0) for key in list(self._cells)]
+        self._stuck_born, self._stuck_until = 0.0, -math.inf
 
     def take_all(self, limit: int) -> tuple[dict[Any, int], float]:
         """`make_due()`, then `take_due`."""
@@ -268,7 +284,7 @@ class CounterTable:
                     continue
                 self._left -= n
                 try:
-                    cell = self._cells.setdefault(key, _Cell(due))
+                    cell = self._settle(key, _Cell(due))
                     cell.add(n)
                 except BaseException:  # noqa: BLE001
                     self._keep(key, n)
@@ -372,13 +388,14 @@ class CounterTable:
         self._ticks = []
         self._due = deque()
         self._entries = 0
+        self._inserting = 0
         self._stuck = []
         self._stuck_born = self._stuck_until = math.inf
         self._accepted = self._left = 0
         self._unwoken = False
 
     def release(self) -> None:
-        """Give memory back, if nothing is pending."""
+        """Give memory back, if nothing is pending. A dict that is cleared inside an insertion can hide the new key (CPython 3.11)."""
         with self._lock:
-            if not self._cells:
+            if not self._cells and not self._inserting:
                 self._cells.clear()
