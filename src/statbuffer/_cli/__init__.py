@@ -1,0 +1,1 @@
+"""What is behind the command line: one module a concern, `verbs` ties them together."""
