@@ -42,7 +42,11 @@ class KeyColumn:
         if isinstance(kind, (sqltypes.String, sqltypes.NullType)):
             return self._check_text
         if isinstance(kind, sqltypes.Integer):
-            bits = 64 if dialect.name == "sqlite" else INTEGER_BITS.get(str(kind.compile(dialect)).split("(")[0].split()[0], 64)
+            bits = (
+                64
+                if dialect.name == "sqlite"
+                else INTEGER_BITS.get(str(kind.compile(dialect)).split("(")[0].split()[0], 64)
+            )
             unsigned = bool(getattr(kind, "unsigned", False))
             self._low, self._high = (0, 2**bits - 1) if unsigned else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
             return self._check_integer

@@ -57,7 +57,9 @@ class SQLDialect:
         """Return the subquery that has the rows."""
         raise NotImplementedError
 
-    def upsert(self, table: Table, keys: Sequence[Column[Any]], count: Column[Any], fixed: dict[str, Any]) -> Executable:
+    def upsert(
+        self, table: Table, keys: Sequence[Column[Any]], count: Column[Any], fixed: dict[str, Any]
+    ) -> Executable:
         """Return the statement that adds all rows, and makes those that are missing."""
         raise NotImplementedError
 
@@ -126,7 +128,9 @@ class SQLite(SQLDialect):
         n = sa.func.json_extract(rows.c.value, f"$[{len(keys)}]", type_=sa.BigInteger).label("n")
         return sa.select(*columns, n).select_from(rows).subquery("batch")
 
-    def upsert(self, table: Table, keys: Sequence[Column[Any]], count: Column[Any], fixed: dict[str, Any]) -> Executable:
+    def upsert(
+        self, table: Table, keys: Sequence[Column[Any]], count: Column[Any], fixed: dict[str, Any]
+    ) -> Executable:
         rows = self.rows_source(keys)
         names = [*(column.name for column in keys), count.name, *fixed]
         source = sa.select(*rows.c, *map(sa.literal, fixed.values())).where(sa.text("true"))
@@ -193,7 +197,9 @@ class PostgreSQL(SQLDialect):
         rows = sa.func.unnest(*arrays).table_valued(*columns).render_derived(name="rows")
         return sa.select(*(rows.c[name] for name in names)).subquery("batch")
 
-    def upsert(self, table: Table, keys: Sequence[Column[Any]], count: Column[Any], fixed: dict[str, Any]) -> Executable:
+    def upsert(
+        self, table: Table, keys: Sequence[Column[Any]], count: Column[Any], fixed: dict[str, Any]
+    ) -> Executable:
         rows = self.rows_source(keys)
         names = [*(column.name for column in keys), count.name, *fixed]
         source = sa.select(*rows.c, *(sa.literal(value, sa.Integer) for value in fixed.values()))
@@ -271,7 +277,9 @@ class MySQL(SQLDialect):
             return f"sql_mode {mode!r} cuts what does not fit instead of refusing it; add STRICT_ALL_TABLES"
         place = {"table": table.name, "schema": table.schema}
         where = "table_schema = COALESCE(:schema, DATABASE()) AND table_name = :table"
-        engine = connection.execute(sa.text(f"SELECT engine FROM information_schema.tables WHERE {where}"), place).scalar()  # noqa: S608  # constants
+        engine = connection.execute(
+            sa.text(f"SELECT engine FROM information_schema.tables WHERE {where}"), place
+        ).scalar()  # noqa: S608  # constants
         if engine != "InnoDB":
             return f"the table's engine is {engine}, which has no transactions; use InnoDB"
         found = connection.execute(
@@ -286,11 +294,16 @@ class MySQL(SQLDialect):
         return None
 
     def rows_source(self, keys: Sequence[Column[Any]]) -> sa.Subquery:
-        columns = ", ".join([*(f"k{number} {self._json_type(column)} PATH '$[{number}]'" for number, column in enumerate(keys))])
+        columns = ", ".join(
+            [*(f"k{number} {self._json_type(column)} PATH '$[{number}]'" for number, column in enumerate(keys))]
+        )
         text = sa.text(
             f"SELECT * FROM JSON_TABLE(:rows, '$[*]' COLUMNS ({columns}, n BIGINT PATH '$[{len(keys)}]')) AS source"  # noqa: S608  # types and numbers only
         )
-        names = [*(sa.column(f"k{number}", column.type) for number, column in enumerate(keys)), sa.column("n", sa.BigInteger)]
+        names = [
+            *(sa.column(f"k{number}", column.type) for number, column in enumerate(keys)),
+            sa.column("n", sa.BigInteger),
+        ]
         return text.columns(*names).subquery("batch")
 
     def _json_type(self, column: Column[Any]) -> str:
@@ -300,7 +313,9 @@ class MySQL(SQLDialect):
             return "BIGINT"
         return "VARCHAR(64) CHARACTER SET utf8mb4"
 
-    def upsert(self, table: Table, keys: Sequence[Column[Any]], count: Column[Any], fixed: dict[str, Any]) -> Executable:
+    def upsert(
+        self, table: Table, keys: Sequence[Column[Any]], count: Column[Any], fixed: dict[str, Any]
+    ) -> Executable:
         rows = self.rows_source(keys)
         names = [*(column.name for column in keys), count.name, *fixed]
         insert = mysql.insert(table).from_select(names, sa.select(*rows.c, *map(sa.literal, fixed.values())))

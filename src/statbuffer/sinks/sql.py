@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Column, Connection, Table
     from sqlalchemy.engine import URL, Engine
+    from sqlalchemy.sql.base import Executable
 
     from statbuffer._batch import Batch
 
@@ -168,7 +169,9 @@ class SQLSink:
         keys = [self._dialect.text_column(column, len(self._key_names)) for column in self._key_names]
         slot = [sa.Column("slot", sa.Integer, primary_key=True, autoincrement=False)] * (self._slots > 1)
         count = sa.Column(self._count_name, sa.BigInteger, nullable=False)
-        return sa.Table(name, sa.MetaData(), *keys, *slot, count, schema=schema or None, **self._dialect.table_options())
+        return sa.Table(
+            name, sa.MetaData(), *keys, *slot, count, schema=schema or None, **self._dialect.table_options()
+        )
 
     def _find_table(self, connection: Connection) -> Table:
         if not isinstance(self._table_wanted, str):
@@ -190,11 +193,15 @@ class SQLSink:
         self._keys: list[Column[Any]] = [table.c[name] for name in self._key_names]
         self._count: Column[Any] = table.c[self._count_name]
         if not isinstance(self._count.type, sa.Integer):
-            raise SinkError(f"count column {self._count_name!r} is of type {self._count.type!r}; it must be an integer, best BIGINT")
+            raise SinkError(
+                f"count column {self._count_name!r} is of type {self._count.type!r}; it must be an integer, best BIGINT"
+            )
         unique = set(self._key_names) | ({"slot"} if self._slots > 1 else set())
         if self._upserts and unique not in _unique_sets(connection, table):
             columns = ", ".join(sorted(unique))
-            raise SinkError(f"table {table.fullname!r} needs a primary key or unique constraint on ({columns}) for mode='upsert'")
+            raise SinkError(
+                f"table {table.fullname!r} needs a primary key or unique constraint on ({columns}) for mode='upsert'"
+            )
         problem = self._dialect.problem(connection, table, self._keys)
         if problem:
             raise SinkError(f"table {table.fullname!r}: {problem}")
@@ -241,7 +248,9 @@ class SQLSink:
                 self._columns[0].check(key)
             return
         if not isinstance(key, tuple) or len(key) != len(self._key_names):
-            raise TypeError(f"key {key!r:.100}: expected a tuple of {len(self._key_names)} ({', '.join(self._key_names)})")
+            raise TypeError(
+                f"key {key!r:.100}: expected a tuple of {len(self._key_names)} ({', '.join(self._key_names)})"
+            )
         for column, value in zip(self._columns, key, strict=False):
             column.check(value)
 
@@ -251,7 +260,9 @@ class SQLSink:
         rows: list[tuple[Hashable, Row]] = []
         for key, count in counts.items():
             values: tuple[Any, ...] = key if self._composite else (key,)  # type: ignore[assignment]
-            encoded = (value if encode is None else encode(value) for encode, value in zip(encoders, values, strict=True))
+            encoded = (
+                value if encode is None else encode(value) for encode, value in zip(encoders, values, strict=True)
+            )
             rows.append((key, (*encoded, count)))
         rows.sort(key=lambda pair: pair[1][:-1])
         return rows
@@ -282,14 +293,18 @@ class SQLSink:
                 unfit[key] = str(error)
         return unfit
 
-    def _transact(self, batch: Batch, rows: list[tuple[Hashable, Row]], *, halving: bool = False) -> dict[Hashable, str]:
+    def _transact(
+        self, batch: Batch, rows: list[tuple[Hashable, Row]], *, halving: bool = False
+    ) -> dict[Hashable, str]:
         """Run the one transaction; return the keys that were rejected, and then nothing is stored."""
         committing = False
         try:
             with self._engine.connect() as connection:
                 if not self._is_new(connection, batch):
                     return {}
-                rejected = self._add_by_halves(connection, batch, rows) if halving else self._add_all(connection, batch, rows)
+                rejected = (
+                    self._add_by_halves(connection, batch, rows) if halving else self._add_all(connection, batch, rows)
+                )
                 if not rejected:
                     committing = True
                     connection.commit()
@@ -307,16 +322,16 @@ class SQLSink:
 
     def _is_new(self, connection: Connection, batch: Batch) -> bool:
         """Move the watermark; whether it moved. Locks the writer's row, so an earlier, unanswered try is over after this."""
-        if connection.execute(self._advance, {"w": batch.writer, "s": batch.seq}).rowcount:
+        if _affected(connection, self._advance, {"w": batch.writer, "s": batch.seq}):
             return True
         first = self._dialect.insert_if_absent(self._writers, {"writer": batch.writer, "seq": batch.seq})
-        return bool(connection.execute(first).rowcount)
+        return bool(_affected(connection, first, {}))
 
     def _add_all(self, connection: Connection, batch: Batch, rows: list[tuple[Hashable, Row]]) -> dict[Hashable, str]:
         parameters = self._dialect.parameters([row for _, row in rows])
         if self._slots > 1:
             parameters["slot"] = int(hashlib.sha256(batch.writer.encode()).hexdigest(), 16) % self._slots
-        rowcount = connection.execute(self._add, parameters).rowcount
+        rowcount = _affected(connection, self._add, parameters)
         if self._dialect.changed(rowcount, [row for _, row in rows]):
             return {}
         if self._upserts:
@@ -330,7 +345,9 @@ class SQLSink:
         statement = sa.select(*(source.c[f"k{number}"] for number in range(len(self._keys)))).where(
             ~sa.exists().where(there).correlate(source)
         )
-        found = {tuple(row) for row in connection.execute(statement, self._dialect.parameters([row for _, row in rows]))}
+        found = {
+            tuple(row) for row in connection.execute(statement, self._dialect.parameters([row for _, row in rows]))
+        }
         decoded = {self._key_of(row) for row in found}
         missing = [key for key, _ in rows if key in decoded]
         if rowcount + len(missing) < len(rows):
@@ -343,7 +360,9 @@ class SQLSink:
         key = tuple(values)
         return key if self._composite else key[0]
 
-    def _add_by_halves(self, connection: Connection, batch: Batch, rows: list[tuple[Hashable, Row]]) -> dict[Hashable, str]:
+    def _add_by_halves(
+        self, connection: Connection, batch: Batch, rows: list[tuple[Hashable, Row]]
+    ) -> dict[Hashable, str]:
         try:
             with connection.begin_nested():
                 return self._add_all(connection, batch, rows)
@@ -408,7 +427,9 @@ class SQLSink:
         self.open()
         keys = sa.select(*self._keys, sa.func.sum(self._count).label("total")).group_by(*self._keys).subquery()
         with self._engine.connect() as connection:
-            row = connection.execute(sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(keys.c.total), 0)).select_from(keys)).one()
+            row = connection.execute(
+                sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(keys.c.total), 0)).select_from(keys)
+            ).one()
         return int(row[0]), int(row[1])
 
     def prune(self, older_than: float) -> int:
@@ -428,7 +449,9 @@ class SQLSink:
             old = [(row.writer, row.seq) for row in ages if (current - row.updated).total_seconds() > older_than]
             deleted = 0
             for writer, seq in old:  # by seq too: it may have come back to life since
-                deleted += connection.execute(sa.delete(writers).where(writers.c.writer == writer, writers.c.seq == seq)).rowcount
+                deleted += connection.execute(
+                    sa.delete(writers).where(writers.c.writer == writer, writers.c.seq == seq)
+                ).rowcount
         return deleted
 
 
@@ -444,7 +467,9 @@ def _engine_of(url_or_engine: str | URL | Engine) -> tuple[Engine, bool]:
     try:
         url = sa.make_url(url_or_engine)
     except exc.ArgumentError as error:
-        raise SinkError(f"not a database URL, expected one like 'sqlite:///views.db' or 'postgresql://user@host/db': {error}") from None
+        raise SinkError(
+            f"not a database URL, expected one like 'sqlite:///views.db' or 'postgresql://user@host/db': {error}"
+        ) from None
     family = url.get_backend_name()
     if url.drivername == family and family in _DRIVERS:
         url = url.set(drivername=f"{family}+{_DRIVERS[family]}")
@@ -481,6 +506,12 @@ def _unique_sets(connection: Connection, table: Table) -> list[set[str]]:
         if index["unique"]:
             sets.append({name for name in index["column_names"] if name is not None})
     return sets
+
+
+def _affected(connection: Connection, statement: Executable, parameters: dict[str, Any]) -> int:
+    """Execute, and return the number of rows that were inserted or updated; SQLAlchemy forgets it for inserts."""
+    result = connection.execute(statement, parameters, execution_options={"preserve_rowcount": True})
+    return int(result.rowcount)
 
 
 def _chunks(keys: Iterable[Hashable]) -> Iterator[list[Hashable]]:
