@@ -8,9 +8,12 @@ import pytest
 
 from statbuffer import StatBuffer
 from statbuffer.testing import FakeClock, MemorySink
+from tests.servers import MariaDBServer, PostgreSQLServer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from tests.servers import Server
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +65,21 @@ def make_buffer(clock: FakeClock) -> Any:
         return StatBuffer(sink, clock=clock, **options).start()
 
     return make
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[Server]:
+    """A running PostgreSQL."""
+    server = PostgreSQLServer()
+    yield server
+    server.remove()
+
+
+@pytest.fixture(scope="session")
+def mariadb() -> Iterator[Server]:
+    """A running MariaDB, where its packages are installed."""
+    if reason := MariaDBServer.missing():
+        pytest.skip(reason)
+    server = MariaDBServer()
+    yield server
+    server.remove()
