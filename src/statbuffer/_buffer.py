@@ -361,16 +361,23 @@ class StatBuffer:
             with self._ledger.lock:
                 batch = self._delivery.batch
                 unstored = {key: self._table.count(key) for key in wanted}
-            if batch is not None and not self._is_applied(batch):
-                for key in unstored:
-                    unstored[key] += batch.counts.get(key, 0)
-            stored = read(wanted)
+            applied, stored = self._read_settled(batch, lambda: read(wanted))
+        if batch is not None and not applied:
+            for key in unstored:
+                unstored[key] += batch.counts.get(key, 0)
         return {key: count + stored.get(key, 0) for key, count in unstored.items()}
 
-    def _is_applied(self, batch: Batch) -> bool:
+    def _read_settled(self, batch: Batch | None, read: Callable[[], Any]) -> tuple[bool, Any]:
+        """Read the store, and tell whether that saw the batch: its lost answer may still be on its way to COMMIT."""
+        while True:
+            before, stored = self._is_applied(batch), read()
+            if before == self._is_applied(batch):
+                return before, stored
+
+    def _is_applied(self, batch: Batch | None) -> bool:
         """Whether a batch in flight is stored already, its answer being lost."""
         applied = getattr(self.sink, "applied", None)
-        return self._delivery.frozen and applied is not None and bool(applied(batch))
+        return batch is not None and self._delivery.frozen and applied is not None and bool(applied(batch))
 
     def stats(self) -> Stats:
         """Return one consistent instant of the books; `stats().balanced` checks them."""

@@ -16,7 +16,7 @@ import threading
 from collections import Counter
 from contextlib import contextmanager
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from statbuffer._batch import Batch, new_writer_id
 from statbuffer._errors import NotApplied, Rejected
@@ -242,18 +242,13 @@ class FaultySink:
         if fault is Fault.LOSE_ANSWER:
             raise ConnectionError("FaultySink loses the answer")
 
-    def applied(self, batch: Batch) -> bool:
-        """Ask the wrapped sink, if it can tell."""
-        applied = getattr(self.inner, "applied", None)
-        return applied is not None and bool(applied(batch))
-
-    def totals(self, keys: Iterable[Hashable]) -> Mapping[Hashable, int]:
-        """Ask the wrapped sink."""
-        return self.inner.totals(keys)  # type: ignore[attr-defined, no-any-return]
+    def __getattr__(self, name: str) -> Any:
+        """Have all else done by the wrapped sink: `totals`, `check_key`, `open` and the like, if it has them."""
+        return getattr(self.inner, name)
 
     def _apply(self, batch: Batch) -> None:
         rejected = {key: self.reject[key] for key in batch.counts if key in self.reject}
-        if rejected and not self.applied(batch):
+        if rejected and not (hasattr(self.inner, "applied") and self.inner.applied(batch)):
             raise Rejected.many(rejected)
         self.inner.apply(batch)
 

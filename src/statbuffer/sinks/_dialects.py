@@ -133,7 +133,7 @@ class SQLite(SQLDialect):
     ) -> Executable:
         rows = self.rows_source(keys)
         names = [*(column.name for column in keys), count.name, *fixed]
-        source = sa.select(*rows.c, *map(sa.literal, fixed.values())).where(sa.text("true"))
+        source = sa.select(*rows.c, *fixed.values()).where(sa.text("true"))
         insert = sqlite.insert(table).from_select(names, source)
         total = count + insert.excluded[count.name]
         return insert.on_conflict_do_update(
@@ -202,7 +202,7 @@ class PostgreSQL(SQLDialect):
     ) -> Executable:
         rows = self.rows_source(keys)
         names = [*(column.name for column in keys), count.name, *fixed]
-        source = sa.select(*rows.c, *(sa.literal(value, sa.Integer) for value in fixed.values()))
+        source = sa.select(*rows.c, *fixed.values())
         insert = postgresql.insert(table).from_select(names, source)
         return insert.on_conflict_do_update(
             index_elements=[*keys, *(table.c[name] for name in fixed)],
@@ -318,7 +318,7 @@ class MySQL(SQLDialect):
     ) -> Executable:
         rows = self.rows_source(keys)
         names = [*(column.name for column in keys), count.name, *fixed]
-        insert = mysql.insert(table).from_select(names, sa.select(*rows.c, *map(sa.literal, fixed.values())))
+        insert = mysql.insert(table).from_select(names, sa.select(*rows.c, *fixed.values()))
         return insert.on_duplicate_key_update({count.name: count + rows.c.n})
 
     def insert_if_absent(self, table: Table, values: dict[str, Any]) -> Executable:

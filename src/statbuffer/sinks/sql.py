@@ -277,11 +277,11 @@ class SQLSink:
             raise Rejected.many(unfit)
         rows = self._rows(batch.counts)
         try:
-            self._transact(batch, rows)
+            rejected = self._transact(batch, rows)
         except _DataProblem:
             rejected = self._transact(batch, rows, halving=True)
-            if rejected:
-                raise Rejected.many(rejected) from None
+        if rejected:
+            raise Rejected.many(rejected)
 
     def _unfit_keys(self, batch: Batch) -> dict[Hashable, str]:
         """Keys that came in before the table could be looked at."""
@@ -381,6 +381,7 @@ class SQLSink:
 
     def applied(self, batch: Batch) -> bool:
         """Whether the batch is stored, by its writer's watermark."""
+        self.open()
         writers = self._writers
         with self._engine.connect() as connection:
             seq = connection.execute(sa.select(writers.c.seq).where(writers.c.writer == batch.writer)).scalar()
