@@ -158,7 +158,9 @@ class _Link:
 
 
 def _reset(end: socket.socket) -> None:
-    """Close with RST: what was not delivered yet is gone."""
+    """Close with RST: what was not delivered yet is gone. A thread that still receives would keep the socket open."""
+    with suppress(OSError):
+        end.shutdown(socket.SHUT_RD)
     with suppress(OSError):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     end.close()
