@@ -195,7 +195,10 @@ _COMBINED: Final = (
 """The combined log format of Apache and nginx, left to right; the common format is the same up to `bytes`."""
 
 COMBINED_KEYS: Final = tuple(name for name, _ in _COMBINED if name not in {"ident", "zone"})
-_MONTHS: Final = {name: i for i, name in enumerate("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split(), 1)}
+_MONTHS: Final = {
+    name: i
+    for i, name in enumerate(["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"], 1)
+}
 
 
 def combined_picker(names: list[str], amount: str | None) -> Picker:

@@ -13,6 +13,8 @@ import sqlalchemy as sa
 from sqlalchemy import exc
 from sqlalchemy.dialects import mysql, postgresql, sqlite
 
+from statbuffer.sinks._engines import unknown_database
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -35,7 +37,7 @@ class SQLDialect:
 
     # The table
 
-    def text_column(self, name: str, key_columns: int) -> Column[Any]:
+    def text_column(self, name: str, key_columns: int) -> Column[Any]:  # noqa: ARG002  # MySQL's indexes are short
         """Return a key column for text that keeps any two different keys different."""
         return sa.Column(name, sa.Text(), primary_key=True, nullable=False)
 
@@ -43,7 +45,7 @@ class SQLDialect:
         """Return keyword arguments for a table that we create."""
         return {}
 
-    def problem(self, connection: Connection, table: Table, keys: Sequence[Column[Any]]) -> str | None:
+    def problem(self, _connection: Connection, _table: Table, _keys: Sequence[Column[Any]], /) -> str | None:
         """Say what makes an existing table unfit, or None."""
         return None
 
@@ -89,7 +91,7 @@ class SQLDialect:
         """Whether a failed connect may succeed later: down, starting, full; as against wrong password or database."""
         raise NotImplementedError
 
-    def is_surely_undone(self, error: Exception) -> bool:
+    def is_surely_undone(self, _error: Exception, /) -> bool:
         """Whether an error at COMMIT says for sure that nothing was committed."""
         return False
 
@@ -105,7 +107,7 @@ class SQLite(SQLDialect):
     def table_options(self) -> dict[str, Any]:
         return {"sqlite_with_rowid": False}  # the key is the table: half the pages to write
 
-    def problem(self, connection: Connection, table: Table, keys: Sequence[Column[Any]]) -> str | None:
+    def problem(self, connection: Connection, table: Table, keys: Sequence[Column[Any]], /) -> str | None:
         found = connection.execute(
             sa.text(
                 "SELECT columns.name, columns.coll FROM pragma_index_list(:table) AS indexes, "
@@ -158,7 +160,7 @@ class SQLite(SQLDialect):
     def is_unreachable(self, error: exc.DBAPIError) -> bool:
         return "locked" in str(error.orig)
 
-    def is_surely_undone(self, error: Exception) -> bool:
+    def is_surely_undone(self, error: Exception, /) -> bool:
         return "locked" in str(error)  # SQLITE_BUSY: the transaction is still open, and is rolled back next
 
 
@@ -171,7 +173,7 @@ class PostgreSQL(SQLDialect):
 
     name = "postgresql"
 
-    def problem(self, connection: Connection, table: Table, keys: Sequence[Column[Any]]) -> str | None:
+    def problem(self, connection: Connection, table: Table, keys: Sequence[Column[Any]], /) -> str | None:
         found = connection.execute(
             sa.text(
                 "SELECT a.attname, c.collname FROM pg_attribute a JOIN pg_collation c ON c.oid = a.attcollation "
@@ -271,22 +273,22 @@ class MySQL(SQLDialect):
     def table_options(self) -> dict[str, Any]:
         return {"mysql_engine": "InnoDB", "mariadb_engine": "InnoDB"}
 
-    def problem(self, connection: Connection, table: Table, keys: Sequence[Column[Any]]) -> str | None:
+    def problem(self, connection: Connection, table: Table, keys: Sequence[Column[Any]], /) -> str | None:
         mode = connection.exec_driver_sql("SELECT @@SESSION.sql_mode").scalar_one()
         if "STRICT_" not in mode:
             return f"sql_mode {mode!r} cuts what does not fit instead of refusing it; add STRICT_ALL_TABLES"
-        place = {"table": table.name, "schema": table.schema}
-        where = "table_schema = COALESCE(:schema, DATABASE()) AND table_name = :table"
-        engine = connection.execute(
-            sa.text(f"SELECT engine FROM information_schema.tables WHERE {where}"), place
-        ).scalar()  # noqa: S608  # constants
+        tables = sa.table(
+            "tables", *map(sa.column, ("table_schema", "table_name", "engine")), schema="information_schema"
+        )
+        here = (tables.c.table_name == table.name, tables.c.table_schema == (table.schema or sa.func.database()))
+        engine = connection.execute(sa.select(tables.c.engine).where(*here)).scalar()
         if engine != "InnoDB":
             return f"the table's engine is {engine}, which has no transactions; use InnoDB"
-        found = connection.execute(
-            sa.text(f"SELECT column_name, collation_name FROM information_schema.columns WHERE {where}"),  # noqa: S608  # constants
-            place,
-        )
-        collations = {name: collation for name, collation in found}
+        names = ("table_schema", "table_name", "column_name", "collation_name")
+        columns = sa.table("columns", *map(sa.column, names), schema="information_schema")
+        here = (columns.c.table_name == table.name, columns.c.table_schema == (table.schema or sa.func.database()))
+        found = connection.execute(sa.select(columns.c.column_name, columns.c.collation_name).where(*here))
+        collations = {row[0]: row[1] for row in found}
         for column in keys:
             collation = collations.get(column.name)
             if collation not in {None, "binary", "utf8mb4_nopad_bin", "utf8mb4_0900_bin"}:
@@ -337,8 +339,9 @@ class MySQL(SQLDialect):
         return code in self._UNREACHABLE or (code == 2003 and not unknown_host)  # noqa: PLR2004  # can't connect
 
 
-def dialect_for(engine: Engine) -> SQLDialect | None:
-    """Return what we know of the engine's database, None if that is nothing."""
-    return {"sqlite": SQLite, "postgresql": PostgreSQL, "mysql": MySQL, "mariadb": MySQL}.get(
-        engine.dialect.name, lambda _: None
-    )(engine.dialect)
+def dialect_for(engine: Engine) -> SQLDialect:
+    """Return what we know of the engine's database; `SinkError` if that is nothing."""
+    known: dict[str, type[SQLDialect]] = {"sqlite": SQLite, "postgresql": PostgreSQL, "mysql": MySQL, "mariadb": MySQL}
+    if engine.dialect.name not in known:
+        raise unknown_database(engine.dialect.name)
+    return known[engine.dialect.name](engine.dialect)

@@ -13,20 +13,21 @@ from __future__ import annotations
 
 import hashlib
 import threading
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import sqlalchemy as sa
 from sqlalchemy import exc
-from sqlalchemy.schema import CreateTable
 
-from statbuffer._errors import MissingDriver, NotApplied, Rejected, SinkError
-from statbuffer.sinks._columns import KeyColumn
-from statbuffer.sinks._dialects import SQLDialect, dialect_for
+from statbuffer._errors import NotApplied, Rejected, SinkError
+from statbuffer.sinks._dialects import dialect_for
+from statbuffer.sinks._engines import engine_of
+from statbuffer.sinks._schema import Schema
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Iterator, Mapping
 
-    from sqlalchemy import Column, Connection, Table
+    from sqlalchemy import Connection, Table
     from sqlalchemy.engine import URL, Engine
     from sqlalchemy.sql.base import Executable
 
@@ -34,11 +35,7 @@ if TYPE_CHECKING:
 
     Row = tuple[Any, ...]
 
-WRITERS: Final = "statbuffer_writers"
 _READ_CHUNK: Final = 10_000
-_SILENCE: Final = 30
-_DRIVERS: Final = {"postgresql": "psycopg", "mysql": "pymysql", "mariadb": "pymysql"}
-_EXTRAS: Final = {"postgresql": "postgres", "mysql": "mysql", "mariadb": "mysql"}
 
 
 class _DataProblem(Exception):
@@ -76,19 +73,19 @@ class SQLSink:
             raise SinkError(f"slots={slots!r}: expected a whole number of at least 1")
         if slots > 1 and mode == "update":
             raise SinkError("slots need rows of their own: use mode='upsert'")
-        self._engine, self._own = _engine_of(url_or_engine)
-        self._table_wanted = table
+        self._engine, self._own = engine_of(url_or_engine)
         self._key_names = (key,) if isinstance(key, str) else tuple(key)
         self._composite = not isinstance(key, str)
-        self._count_name = count
         self._upserts = mode == "upsert" or on_missing == "insert"
         self._on_missing = on_missing
         self._create = create
         self._slots = slots
-        self._dialect = dialect_for(self._engine) or _unknown(self._engine)
+        self._dialect = dialect_for(self._engine)
         self._opening = threading.Lock()
-        self._is_open = False
-        self._columns: list[KeyColumn] = []
+        self._looked = self._is_open = False
+        self._schema = Schema(
+            self._dialect, table, keys=self._key_names, count=count, slots=slots, unique=self._upserts
+        )
 
     @property
     def url(self) -> URL:
@@ -101,120 +98,44 @@ class SQLSink:
         return self._engine
 
     def __repr__(self) -> str:
-        name = self._table_wanted if isinstance(self._table_wanted, str) else self._table_wanted.fullname
-        return f"<SQLSink {self._engine.url.render_as_string(hide_password=True)} table {name!r}>"
+        return f"<SQLSink {self._engine.url.render_as_string(hide_password=True)} table {self._schema.name!r}>"
 
     # Life
 
     def open(self) -> None:
         """Connect, make or look at the tables. Raises `SinkError` if that can't work, `NotApplied` if it can't just now."""
         with self._opening:
-            if self._is_open:
-                return
-            try:
-                with self._engine.connect() as connection:
-                    self._prepare(connection)
-            except exc.DBAPIError as error:
-                if self._dialect.is_unreachable(error):
-                    raise NotApplied(f"{self!r}: {_words(error)}") from error
-                raise SinkError(f"{self!r} can't be used: {_words(error)}") from error
-            self._is_open = True
+            if not self._is_open:
+                with self._connect_or_say_why() as connection:
+                    if self._create:
+                        self._schema.create(connection)
+                    self._look(connection)
+                    self._schema.check_writers(connection)
+                self._is_open = True
 
-    def _prepare(self, connection: Connection) -> None:
-        self._writers = self._writers_table()
-        if self._create:
-            self._create_tables(connection)
-        self._table = self._find_table(connection)
-        self._find_columns(connection)
-        self._statements()
-        self._check_writers(connection)
-        connection.rollback()
+    def _open_to_read(self) -> None:
+        """Look at the table, and change nothing in the database."""
+        with self._opening:
+            if not self._looked:
+                with self._connect_or_say_why() as connection:
+                    self._look(connection)
 
-    def _writers_table(self) -> Table:
-        schema = None if isinstance(self._table_wanted, str) else self._table_wanted.schema
-        if isinstance(self._table_wanted, str) and "." in self._table_wanted:
-            schema = self._table_wanted.rpartition(".")[0]
-        return sa.Table(
-            WRITERS,
-            sa.MetaData(),
-            sa.Column("writer", sa.String(64), primary_key=True),
-            sa.Column("seq", sa.BigInteger, nullable=False),
-            sa.Column("updated", sa.DateTime, nullable=False, server_default=sa.func.current_timestamp()),
-            schema=schema,
-            **self._dialect.table_options(),
-        )
-
-    def _create_tables(self, connection: Connection) -> None:
-        """Several processes may do this at once: IF NOT EXISTS, and PostgreSQL's catalog still wants a second try."""
-        for table in (self._new_table(), self._writers):
-            for _ in range(5):
-                try:
-                    connection.execute(CreateTable(table, if_not_exists=True))
-                    connection.commit()
-                    break
-                except exc.IntegrityError:
-                    connection.rollback()
-                except exc.DBAPIError as error:
-                    connection.rollback()
-                    if self._dialect.is_unreachable(error) or not self._exists(connection, table):
-                        raise
-                    break  # no right to create what is there already
-
-    def _exists(self, connection: Connection, table: Table) -> bool:
-        return sa.inspect(connection).has_table(table.name, schema=table.schema)
-
-    def _new_table(self) -> Table:
-        if not isinstance(self._table_wanted, str):
-            return self._table_wanted
-        schema, _, name = self._table_wanted.rpartition(".")
-        keys = [self._dialect.text_column(column, len(self._key_names)) for column in self._key_names]
-        slot = [sa.Column("slot", sa.Integer, primary_key=True, autoincrement=False)] * (self._slots > 1)
-        count = sa.Column(self._count_name, sa.BigInteger, nullable=False)
-        return sa.Table(
-            name, sa.MetaData(), *keys, *slot, count, schema=schema or None, **self._dialect.table_options()
-        )
-
-    def _find_table(self, connection: Connection) -> Table:
-        if not isinstance(self._table_wanted, str):
-            if not self._exists(connection, self._table_wanted):
-                raise SinkError(f"table {self._table_wanted.fullname!r} does not exist; make it, or pass create=True")
-            return self._table_wanted
-        schema, _, name = self._table_wanted.rpartition(".")
+    @contextmanager
+    def _connect_or_say_why(self) -> Iterator[Connection]:
         try:
-            return sa.Table(name, sa.MetaData(), schema=schema or None, autoload_with=connection)
-        except exc.NoSuchTableError:
-            raise SinkError(f"table {self._table_wanted!r} does not exist; make it, or pass create=True") from None
+            with self._engine.connect() as connection:
+                yield connection
+        except exc.DBAPIError as error:
+            if self._dialect.is_unreachable(error):
+                raise NotApplied(f"{self!r}: {_words(error)}") from error
+            raise SinkError(f"{self!r} can't be used: {_words(error)}") from error
 
-    def _find_columns(self, connection: Connection) -> None:
-        table, there = self._table, sorted(self._table.c.keys())
-        wanted = [*self._key_names, self._count_name, *(["slot"] if self._slots > 1 else [])]
-        for name in wanted:
-            if name not in table.c:
-                raise SinkError(f"table {table.fullname!r} has no column {name!r}; it has {', '.join(there)}")
-        self._keys: list[Column[Any]] = [table.c[name] for name in self._key_names]
-        self._count: Column[Any] = table.c[self._count_name]
-        if not isinstance(self._count.type, sa.Integer):
-            raise SinkError(
-                f"count column {self._count_name!r} is of type {self._count.type!r}; it must be an integer, best BIGINT"
-            )
-        unique = set(self._key_names) | ({"slot"} if self._slots > 1 else set())
-        if self._upserts and unique not in _unique_sets(connection, table):
-            columns = ", ".join(sorted(unique))
-            raise SinkError(
-                f"table {table.fullname!r} needs a primary key or unique constraint on ({columns}) for mode='upsert'"
-            )
-        problem = self._dialect.problem(connection, table, self._keys)
-        if problem:
-            raise SinkError(f"table {table.fullname!r}: {problem}")
-        longest = self._dialect.longest_key_bytes
-        self._columns = [KeyColumn(column, self._engine.dialect, longest_bytes=longest) for column in self._keys]
-
-    def _check_writers(self, connection: Connection) -> None:
-        if not self._exists(connection, self._writers):
-            raise SinkError(
-                f"table {WRITERS!r}, which keeps batches from being stored twice, does not exist; pass create=True once, or run: "
-                + str(CreateTable(self._writers).compile(self._engine)).strip()
-            )
+    def _look(self, connection: Connection) -> None:
+        self._schema.look(connection)
+        self._table, self._keys, self._count = self._schema.table, self._schema.keys, self._schema.count
+        self._writers = self._schema.writers
+        self._statements()
+        self._looked = True
 
     def _statements(self) -> None:
         """Build the statements once; SQLAlchemy compiles each once and caches it."""
@@ -245,19 +166,19 @@ class SQLSink:
     def check_key(self, key: Any) -> None:
         """Raise `TypeError` for a key that the key columns can't hold as it is."""
         if not self._composite:
-            if self._columns:
-                self._columns[0].check(key)
+            if self._schema.columns:
+                self._schema.columns[0].check(key)
             return
         if not isinstance(key, tuple) or len(key) != len(self._key_names):
             raise TypeError(
                 f"key {key!r:.100}: expected a tuple of {len(self._key_names)} ({', '.join(self._key_names)})"
             )
-        for column, value in zip(self._columns, key, strict=False):
+        for column, value in zip(self._schema.columns, key, strict=False):
             column.check(value)
 
     def _rows(self, counts: Mapping[Hashable, int]) -> list[tuple[Hashable, Row]]:
         """Return pairs of key and row, in an order that all writers share."""
-        encoders = [column.encode for column in self._columns]
+        encoders = [column.encode for column in self._schema.columns]
         rows: list[tuple[Hashable, Row]] = []
         for key, count in counts.items():
             values: tuple[Any, ...] = key if self._composite else (key,)  # type: ignore[assignment]
@@ -382,7 +303,7 @@ class SQLSink:
 
     def applied(self, batch: Batch) -> bool:
         """Whether the batch is stored, by its writer's watermark."""
-        self.open()
+        self._open_to_read()
         writers = self._writers
         with self._engine.connect() as connection:
             seq = connection.execute(sa.select(writers.c.seq).where(writers.c.writer == batch.writer)).scalar()
@@ -390,7 +311,7 @@ class SQLSink:
 
     def totals(self, keys: Iterable[Hashable] | None = None) -> dict[Any, int]:
         """Return the stored counts of `keys` (None: of all); keys without a row are left out. One statement for 10,000."""
-        self.open()
+        self._open_to_read()
         total = sa.func.sum(self._count) if self._slots > 1 else self._count
         statement = sa.select(*self._keys, total)
         if self._slots > 1:
@@ -418,7 +339,7 @@ class SQLSink:
 
     def top(self, limit: int) -> list[tuple[Any, int]]:
         """Return the `limit` largest counts, largest first."""
-        self.open()
+        self._open_to_read()
         total = sa.func.sum(self._count)
         statement = sa.select(*self._keys, total).group_by(*self._keys).order_by(total.desc(), *self._keys).limit(limit)
         with self._engine.connect() as connection:
@@ -426,7 +347,7 @@ class SQLSink:
 
     def summary(self) -> tuple[int, int]:
         """Return the number of keys and the sum of their counts."""
-        self.open()
+        self._open_to_read()
         keys = sa.select(*self._keys, sa.func.sum(self._count).label("total")).group_by(*self._keys).subquery()
         with self._engine.connect() as connection:
             row = connection.execute(
@@ -442,7 +363,7 @@ class SQLSink:
         longer than any process keeps a batch in flight (longest outage, or age of a journal). A day is a good minimum.
         The age is measured by the database's own clock.
         """
-        self.open()
+        self._open_to_read()
         now = sa.func.current_timestamp(type_=sa.DateTime)
         writers = self._writers
         with self._engine.begin() as connection:
@@ -460,83 +381,6 @@ class SQLSink:
 def _require(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise SinkError(f"{name}={value!r}: expected {' or '.join(map(repr, choices))}")
-
-
-def _engine_of(url_or_engine: str | URL | Engine) -> tuple[Engine, bool]:
-    """Return the engine, and whether it is ours to close."""
-    if isinstance(url_or_engine, sa.Engine):
-        return url_or_engine, False
-    try:
-        url = sa.make_url(url_or_engine)
-    except exc.ArgumentError as error:
-        raise SinkError(
-            f"not a database URL, expected one like 'sqlite:///views.db' or 'postgresql://user@host/db': {error}"
-        ) from None
-    family = url.get_backend_name()
-    if url.drivername == family and family in _DRIVERS:
-        url = url.set(drivername=f"{family}+{_DRIVERS[family]}")
-    try:
-        engine = sa.create_engine(url, **_engine_options(url))
-    except exc.NoSuchModuleError:
-        raise _unknown_name(url.drivername) from None
-    except ModuleNotFoundError as error:
-        raise MissingDriver(error.name or url.drivername, _EXTRAS.get(family, "all")) from error
-    except (exc.ArgumentError, TypeError, ValueError) as error:
-        raise SinkError(f"{url.render_as_string(hide_password=True)} can't be used: {error}") from error
-    if family == "postgresql":
-        sa.event.listen(engine, "connect", _set_timeouts)
-    return engine, True
-
-
-def _engine_options(url: URL) -> dict[str, Any]:
-    """How our own engines meet a network that fell silent; a user's engine, and what the URL says, stay as they are.
-
-    A connection that dies without a word leaves a transaction in the server that holds the writer's row: the server ends
-    it after `_SILENCE` seconds, and nobody waits longer for an answer or a lock.
-    """
-    family = url.get_backend_name()
-    if family == "postgresql":
-        arguments: dict[str, Any] = {
-            "connect_timeout": 10,
-            "keepalives_idle": _SILENCE,
-            "keepalives_interval": 10,
-            "keepalives_count": 3,
-        }
-        options: dict[str, Any] = {}
-    elif family in {"mysql", "mariadb"}:
-        arguments = {"connect_timeout": 10, "read_timeout": 2 * _SILENCE, "write_timeout": 2 * _SILENCE}
-        arguments["init_command"] = f"SET SESSION wait_timeout = {2 * _SILENCE}, innodb_lock_wait_timeout = {_SILENCE}"
-        options = {"pool_recycle": _SILENCE}  # younger than the server's wait_timeout
-        options["isolation_level"] = "READ COMMITTED"  # gap locks make upserts of new keys deadlock
-    else:
-        return {}
-    return options | {"connect_args": {name: value for name, value in arguments.items() if name not in url.query}}
-
-
-def _set_timeouts(connection: Any, _record: object) -> None:
-    """Tell a new PostgreSQL session; as a startup parameter, a pooler in between might refuse it."""
-    with connection.cursor() as cursor:
-        cursor.execute(f"SET lock_timeout = '{_SILENCE}s'")
-        cursor.execute(f"SET idle_in_transaction_session_timeout = '{_SILENCE}s'")
-    connection.commit()
-
-
-def _unknown(engine: Engine) -> SQLDialect:
-    raise _unknown_name(engine.dialect.name)
-
-
-def _unknown_name(name: str) -> SinkError:
-    return SinkError(f"database {name!r} is not supported: expected sqlite, postgresql, mysql or mariadb")
-
-
-def _unique_sets(connection: Connection, table: Table) -> list[set[str]]:
-    inspector = sa.inspect(connection)
-    sets = [{column.name for column in table.primary_key.columns}]
-    sets += [set(found["column_names"]) for found in inspector.get_unique_constraints(table.name, schema=table.schema)]
-    for index in inspector.get_indexes(table.name, schema=table.schema):
-        if index["unique"]:
-            sets.append({name for name in index["column_names"] if name is not None})
-    return sets
 
 
 def _affected(connection: Connection, statement: Executable, parameters: dict[str, Any]) -> int:
