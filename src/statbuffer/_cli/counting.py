@@ -66,11 +66,11 @@ class Run:
         try:
             for block in blocks(paths, self.tally, self._stop):
                 self._count_block(block)
-            report = self.buffer.stop()
+            self.buffer.stop()
         except StopAtOnce:
             at_once = True
         finally:
-            report = self.buffer.stop(0)
+            report = self.buffer.stop(0)  # delivers nothing more; tells what is left
         seconds = time.monotonic() - started
         return Outcome(self.tally, self.buffer.stats(), report, seconds, self._stop.signal, at_once)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def _json_amount(value: Any) -> int:
 _COMBINED: Final = (
     ("host", r"(?P<host>\S+)"),
     ("ident", r" (?P<ident>\S+)"),
-    ("user", r" (?P<user>[^\[]*?)"),
+    ("user", r" (?P<user>[^\[]*)"),
     ("day", r" \[(?P<day>[0-9]{1,2}/[A-Z][a-z]{2}/[0-9]{4})"),
     ("hour", r":(?P<hour>[0-9]{2})"),
     ("zone", r":[0-9]{2}:[0-9]{2} (?P<zone>[^\]]*)\]"),
@@ -247,8 +248,13 @@ def _combined(names: list[str]) -> Pick:
 def _part(found: re.Match[str], name: str) -> str:
     if name not in {"day", "hour"}:
         return found[name] or ""
-    day, month, year = found["day"].split("/")
+    day = _iso_day(found["day"])
+    return day if name == "day" else f"{day}T{found['hour']}"
+
+
+@lru_cache(maxsize=64)
+def _iso_day(text: str) -> str:
+    day, month, year = text.split("/")
     if month not in _MONTHS:
         raise BadLine(f"month {month!r}: expected Jan to Dec")
-    date = f"{year}-{_MONTHS[month]:02}-{int(day):02}"
-    return date if name == "day" else f"{date}T{found['hour']}"
+    return f"{year}-{_MONTHS[month]:02}-{int(day):02}"

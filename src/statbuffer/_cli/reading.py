@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import stat
-import sys
 import zlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ MAX_LINE: Final = 1024 * 1024
 """Bytes. What is longer is a bad line and skipped: no input can fill the memory."""
 
 _EXAMPLES: Final = 5
+_STDIN: Final = 0
 _GZIP_MAGIC: Final = b"\x1f\x8b"
 _GZIP_FORMAT: Final = 16 + zlib.MAX_WBITS
 
@@ -84,16 +85,15 @@ def blocks(paths: list[str], tally: Tally, stop: Stop) -> Iterator[Block]:
         except OSError as error:
             tally.failed.append(f"{tally.name}: {error.strerror or error}")
         except (zlib.error, EOFError) as error:
-            tally.failed.append(
-                f"{tally.name}: the gzip data is damaged or cut off: {error}; what came before is counted"
-            )
+            if not stop.asked:
+                tally.failed.append(f"{tally.name}: damaged gzip data: {error}; what came before is counted")
 
 
 def _total_bytes(paths: list[str]) -> int | None:
     total = 0
     for path in paths:
         try:
-            found = os.fstat(sys.stdin.fileno()) if path == "-" else os.stat(path)
+            found = os.fstat(_STDIN) if path == "-" else Path(path).stat()
         except (OSError, ValueError):
             continue
         if not stat.S_ISREG(found.st_mode):
@@ -104,7 +104,7 @@ def _total_bytes(paths: list[str]) -> int | None:
 
 def _file_blocks(path: str, tally: Tally, stop: Stop) -> Iterator[Block]:
     # O_NONBLOCK: to open a FIFO that nobody writes to would wait where no signal is heard
-    fd = sys.stdin.fileno() if path == "-" else os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    fd = _STDIN if path == "-" else os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         yield from _line_blocks(_unpacked(_chunks(fd, tally, stop)), tally, stop)
     finally:
@@ -155,6 +155,8 @@ def _gunzipped(head: bytes, chunks: Iterator[bytes]) -> Iterator[bytes]:
         packed = member.unused_data.lstrip(b"\0") if member.eof else member.unconsumed_tail
         if not packed and not unpacked:
             packed = next(chunks, b"")
+            if member.eof:
+                packed = packed.lstrip(b"\0")  # tapes and block devices are padded
             if not packed:
                 break
         if member.eof and packed:

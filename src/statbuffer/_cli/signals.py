@@ -43,6 +43,8 @@ class Stop:
     def ask(self, number: int, _frame: FrameType | None = None) -> None:
         """Note that a signal has come."""
         if self.signal is not None:
+            for each, _ in self._before:
+                signal.signal(each, signal.SIG_DFL)  # a third one ends the process as if we were not here
             raise StopAtOnce
         self.signal, self.since = number, time.monotonic()
         if self._wake_write >= 0:

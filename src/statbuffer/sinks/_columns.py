@@ -36,7 +36,12 @@ class KeyColumn:
         self.check: Callable[[Any], None] = self._choose_check(kind, dialect)
         bound = kind.dialect_impl(dialect)
         self.encode = bound.bind_processor(dialect)
-        self.decode = bound.result_processor(dialect, None)
+        """What makes the driver's value of a key's; None: they are the same."""
+        self._decode = bound.result_processor(dialect, None)
+
+    def restore(self, value: Any) -> Any:
+        """Undo `encode`."""
+        return value if self.encode is None or self._decode is None else self._decode(value)
 
     def _choose_check(self, kind: sqltypes.TypeEngine[Any], dialect: Dialect) -> Callable[[Any], None]:
         if isinstance(kind, (sqltypes.String, sqltypes.NullType)):

@@ -82,7 +82,7 @@ class SQLSink:
         self._slots = slots
         self._dialect = dialect_for(self._engine)
         self._opening = threading.Lock()
-        self._looked = self._is_open = False
+        self._looked = self._is_open = self._unchecked = False
         self._schema = Schema(
             self._dialect, table, keys=self._key_names, count=count, slots=slots, unique=self._upserts
         )
@@ -165,38 +165,39 @@ class SQLSink:
 
     def check_key(self, key: Any) -> None:
         """Raise `TypeError` for a key that the key columns can't hold as it is."""
-        if not self._composite:
-            if self._schema.columns:
-                self._schema.columns[0].check(key)
-            return
-        if not isinstance(key, tuple) or len(key) != len(self._key_names):
-            raise TypeError(
-                f"key {key!r:.100}: expected a tuple of {len(self._key_names)} ({', '.join(self._key_names)})"
-            )
-        for column, value in zip(self._schema.columns, key, strict=False):
-            column.check(value)
+        columns = self._schema.columns
+        if not columns:  # not seen yet, the database can't be reached: `apply` will have to look
+            self._unchecked = True
+        elif not self._composite:
+            columns[0].check(key)
+        elif not isinstance(key, tuple) or len(key) != len(columns):
+            raise TypeError(f"key {key!r:.100}: expected a tuple of {len(columns)} ({', '.join(self._key_names)})")
+        else:
+            for column, value in zip(columns, key, strict=True):
+                column.check(value)
 
-    def _rows(self, counts: Mapping[Hashable, int]) -> list[tuple[Hashable, Row]]:
-        """Return pairs of key and row, in an order that all writers share."""
-        encoders = [column.encode for column in self._schema.columns]
-        rows: list[tuple[Hashable, Row]] = []
-        for key, count in counts.items():
-            values: tuple[Any, ...] = key if self._composite else (key,)  # type: ignore[assignment]
-            encoded = (
-                value if encode is None else encode(value) for encode, value in zip(encoders, values, strict=True)
-            )
-            rows.append((key, (*encoded, count)))
-        rows.sort(key=lambda pair: pair[1][:-1])
+    def _rows(self, counts: Mapping[Any, int]) -> list[Row]:
+        """Return a row for each key, its count last, in an order that all writers share."""
+        rows: list[Row] = [(*key, count) for key, count in counts.items()] if self._composite else list(counts.items())
+        for number, column in enumerate(self._schema.columns):
+            if column.encode is not None:
+                rows = [(*row[:number], column.encode(row[number]), *row[number + 1 :]) for row in rows]
+        rows.sort()
         return rows
+
+    def _key_in(self, row: Row) -> Hashable:
+        """Return the key that a row of ours stands for."""
+        return self._key_of(column.restore(value) for column, value in zip(self._schema.columns, row, strict=False))
 
     # Writing: the flusher's thread
 
     def apply(self, batch: Batch) -> None:
         """Store the batch; see the top of this file for what each exception means."""
         self.open()
-        unfit = self._unfit_keys(batch)
-        if unfit and not self.applied(batch):
-            raise Rejected.many(unfit)
+        if self._unchecked:
+            unfit = self._unfit_keys(batch)
+            if unfit and not self.applied(batch):
+                raise Rejected.many(unfit)
         rows = self._rows(batch.counts)
         try:
             rejected = self._transact(batch, rows)
@@ -206,7 +207,7 @@ class SQLSink:
             raise Rejected.many(rejected)
 
     def _unfit_keys(self, batch: Batch) -> dict[Hashable, str]:
-        """Keys that came in before the table could be looked at."""
+        """Return the keys that came in before the table could be looked at, and should not have."""
         unfit: dict[Hashable, str] = {}
         for key in batch.counts:
             try:
@@ -215,9 +216,7 @@ class SQLSink:
                 unfit[key] = str(error)
         return unfit
 
-    def _transact(
-        self, batch: Batch, rows: list[tuple[Hashable, Row]], *, halving: bool = False
-    ) -> dict[Hashable, str]:
+    def _transact(self, batch: Batch, rows: list[Row], *, halving: bool = False) -> dict[Hashable, str]:
         """Run the one transaction; return the keys that were rejected, and then nothing is stored."""
         committing = False
         try:
@@ -249,29 +248,27 @@ class SQLSink:
         first = self._dialect.insert_if_absent(self._writers, {"writer": batch.writer, "seq": batch.seq})
         return bool(_affected(connection, first, {}))
 
-    def _add_all(self, connection: Connection, batch: Batch, rows: list[tuple[Hashable, Row]]) -> dict[Hashable, str]:
-        parameters = self._dialect.parameters([row for _, row in rows])
+    def _add_all(self, connection: Connection, batch: Batch, rows: list[Row]) -> dict[Hashable, str]:
+        parameters = self._dialect.parameters(rows)
         if self._slots > 1:
             parameters["slot"] = int(hashlib.sha256(batch.writer.encode()).hexdigest(), 16) % self._slots
         rowcount = _affected(connection, self._add, parameters)
-        if self._dialect.changed(rowcount, [row for _, row in rows]):
+        if self._dialect.changed(rowcount, rows):
             return {}
         if self._upserts:
             raise _DataProblem
         return self._missing(connection, rows, rowcount)
 
-    def _missing(self, connection: Connection, rows: list[tuple[Hashable, Row]], rowcount: int) -> dict[Hashable, str]:
+    def _missing(self, connection: Connection, rows: list[Row], rowcount: int) -> dict[Hashable, str]:
         """Which keys have no row, in update mode. The rest have been added to by now."""
         source = self._dialect.rows_source(self._keys)
         there = self._dialect.joined(self._keys, source)
         statement = sa.select(*(source.c[f"k{number}"] for number in range(len(self._keys)))).where(
             ~sa.exists().where(there).correlate(source)
         )
-        found = {
-            tuple(row) for row in connection.execute(statement, self._dialect.parameters([row for _, row in rows]))
-        }
+        found = {tuple(row) for row in connection.execute(statement, self._dialect.parameters(rows))}
         decoded = {self._key_of(row) for row in found}
-        missing = [key for key, _ in rows if key in decoded]
+        missing = [key for key in map(self._key_in, rows) if key in decoded]
         if rowcount + len(missing) < len(rows):
             raise _DataProblem
         if self._on_missing == "ignore":
@@ -282,9 +279,7 @@ class SQLSink:
         key = tuple(values)
         return key if self._composite else key[0]
 
-    def _add_by_halves(
-        self, connection: Connection, batch: Batch, rows: list[tuple[Hashable, Row]]
-    ) -> dict[Hashable, str]:
+    def _add_by_halves(self, connection: Connection, batch: Batch, rows: list[Row]) -> dict[Hashable, str]:
         try:
             with connection.begin_nested():
                 return self._add_all(connection, batch, rows)
@@ -295,7 +290,7 @@ class SQLSink:
                 raise
             reason = _words(error)
         if len(rows) == 1:
-            return {rows[0][0]: reason}
+            return {self._key_in(rows[0]): reason}
         half = len(rows) // 2
         return self._add_by_halves(connection, batch, rows[:half]) | self._add_by_halves(connection, batch, rows[half:])
 
@@ -323,7 +318,7 @@ class SQLSink:
             statement = statement.join_from(self._table, source, self._dialect.joined(self._keys, source))
             found: dict[Any, int] = {}
             for chunk in _chunks(self._holdable(keys)):
-                rows = [row for _, row in self._rows(dict.fromkeys(chunk, 0))]
+                rows = self._rows(dict.fromkeys(chunk, 0))
                 read = connection.execute(statement, self._dialect.parameters(rows))
                 found |= {self._key_of(row[:-1]): int(row[-1]) for row in read}
             return found
