@@ -60,9 +60,37 @@ def make_pages(number: int = PAGES) -> list[str]:
     """Return the paths of a shop with a blog, the most wanted first."""
     rng = random.Random(_SEED)  # noqa: S311  # the same shop each time
     front = ["/", "/cart", "/search", "/login", "/sale", "/blog", "/api/stock", "/checkout", "/account/orders"]
-    adjectives = "red blue small large wool oak steel quiet soft bright vintage folding".split()
-    things = "lamp chair mug scarf desk kettle tent backpack notebook clock blanket bicycle bottle jacket".split()
-    topics = "how-to-choose-a behind-the caring-for-your ten-ideas-with-a the-story-of-our".split()
+    adjectives = [
+        "red",
+        "blue",
+        "small",
+        "large",
+        "wool",
+        "oak",
+        "steel",
+        "quiet",
+        "soft",
+        "bright",
+        "vintage",
+        "folding",
+    ]
+    things = [
+        "lamp",
+        "chair",
+        "mug",
+        "scarf",
+        "desk",
+        "kettle",
+        "tent",
+        "backpack",
+        "notebook",
+        "clock",
+        "blanket",
+        "bicycle",
+        "bottle",
+        "jacket",
+    ]
+    topics = ["how-to-choose-a", "behind-the", "caring-for-your", "ten-ideas-with-a", "the-story-of-our"]
     made: list[str] = []
     for number_of_page in range(len(front), number):
         adjective, thing = rng.choice(adjectives), rng.choice(things)
@@ -135,7 +163,7 @@ def run_demo(url: str, log: Path | None, seconds: float) -> Exit:
     statements = Statements()
     sink = SQLSink(url, table=TABLE)
     with sink.engine.begin() as connection:
-        connection.execute(sa.text(f"DROP TABLE IF EXISTS {TABLE}"))
+        sa.Table(TABLE, sa.MetaData()).drop(connection, checkfirst=True)
     statements.listen(sink.engine)
     with Stop() as stop:
         result = _count_log(sink, log, stop) if log else _count_traffic(sink, seconds, stop, statements, out)
@@ -208,7 +236,7 @@ def _show_result(out: Console, result: Result, statements: Statements, keys: int
         if result.nanoseconds is not None
         else "",
         "balance": display.balance(stats),
-        "checked": f"SELECT SUM(count) FROM {TABLE} = {total:,} over {keys:,} rows: "
+        "checked": f"the database sums {total:,} over {keys:,} rows: "
         + ("equal" if total == stats.accepted else f"NOT EQUAL, {stats.accepted - total:,} missing"),
     }
     for name, text in figures.items():

@@ -80,7 +80,11 @@ def show_top(console: Console, rows: list[tuple[Hashable, int]], columns: Iterab
     for key, count in rows:
         parts = key if isinstance(key, tuple) else (key,)
         cells = [Text(printable(part)) for part in parts]
-        table.add_row(f"{count:,}", *cells, ProgressBar(total=max(largest, 1), completed=max(count, 0), width=20))
+        table.add_row(
+            f"{count:,}",
+            *cells,
+            ProgressBar(total=max(largest, 1), completed=max(count, 0), width=20, finished_style="bar.complete"),
+        )
     console.print(table)
 
 
@@ -197,7 +201,7 @@ def group(*parts: RenderableType) -> RenderableType:
 
 def bar(done: float, total: float) -> RenderableType:
     """Return a bar."""
-    return ProgressBar(total=total, completed=done, width=60)
+    return ProgressBar(total=total, completed=done, width=60, finished_style="bar.complete")
 
 
 def figures_grid(figures: dict[str, str]) -> Table:

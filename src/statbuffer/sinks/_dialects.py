@@ -17,6 +17,7 @@ from statbuffer.sinks._engines import unknown_database
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from datetime import datetime
 
     from sqlalchemy import Column, Connection, Dialect, Table
     from sqlalchemy.engine import Engine
@@ -80,6 +81,10 @@ class SQLDialect:
     def changed(self, rowcount: int, rows: Rows) -> bool:
         """Whether an upsert of `rows` that reports `rowcount` has added every one of them."""
         return rowcount == len(rows)
+
+    def utc_now(self) -> sa.ColumnElement[datetime]:
+        """Return the database's own clock, whatever the session's time zone."""
+        return sa.func.current_timestamp(type_=sa.DateTime)
 
     # What a failure means
 
@@ -186,6 +191,9 @@ class PostgreSQL(SQLDialect):
             if column.name in lossy:
                 return f"column {column.name!r} has the nondeterministic collation {lossy[column.name]}, which merges different keys"
         return None
+
+    def utc_now(self) -> sa.ColumnElement[datetime]:
+        return sa.func.timezone("UTC", sa.func.now(), type_=sa.DateTime)
 
     def parameters(self, rows: Rows) -> dict[str, Any]:
         *keys, counts = zip(*rows, strict=True)
@@ -325,6 +333,9 @@ class MySQL(SQLDialect):
 
     def insert_if_absent(self, table: Table, values: dict[str, Any]) -> Executable:
         return sa.insert(table).prefix_with("IGNORE").values(values)
+
+    def utc_now(self) -> sa.ColumnElement[datetime]:
+        return sa.func.utc_timestamp(type_=sa.DateTime)
 
     def changed(self, rowcount: int, rows: Rows) -> bool:
         return rowcount >= len(rows)  # 1 for an insert, 2 for an update

@@ -55,7 +55,7 @@ class Schema:
             sa.MetaData(),
             sa.Column("writer", sa.String(64), primary_key=True),
             sa.Column("seq", sa.BigInteger, nullable=False),
-            sa.Column("updated", sa.DateTime, nullable=False, server_default=sa.func.current_timestamp()),
+            sa.Column("updated", sa.DateTime, nullable=False),
             schema=self._named()[0] if isinstance(self._wanted, str) else self._wanted.schema,
             **self._dialect.table_options(),
         )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import sqlalchemy as sa
@@ -143,7 +144,7 @@ class SQLSink:
         self._advance = (
             sa.update(writers)
             .where(writers.c.writer == sa.bindparam("w"), writers.c.seq < sa.bindparam("s"))
-            .values(seq=sa.bindparam("s"), updated=sa.func.current_timestamp())
+            .values(seq=sa.bindparam("s"), updated=self._dialect.utc_now())
         )
         if self._upserts:
             fixed = {"slot": sa.bindparam("slot", type_=sa.Integer)} if self._slots > 1 else {}
@@ -245,7 +246,8 @@ class SQLSink:
         """Move the watermark; whether it moved. Locks the writer's row, so an earlier, unanswered try is over after this."""
         if _affected(connection, self._advance, {"w": batch.writer, "s": batch.seq}):
             return True
-        first = self._dialect.insert_if_absent(self._writers, {"writer": batch.writer, "seq": batch.seq})
+        row = {"writer": batch.writer, "seq": batch.seq, "updated": self._dialect.utc_now()}
+        first = self._dialect.insert_if_absent(self._writers, row)
         return bool(_affected(connection, first, {}))
 
     def _add_all(self, connection: Connection, batch: Batch, rows: list[Row]) -> dict[Hashable, str]:
@@ -358,18 +360,13 @@ class SQLSink:
         longer than any process keeps a batch in flight (longest outage, or age of a journal). A day is a good minimum.
         The age is measured by the database's own clock.
         """
-        self._open_to_read()
-        now = sa.func.current_timestamp(type_=sa.DateTime)
-        writers = self._writers
-        with self._engine.begin() as connection:
-            current = connection.execute(sa.select(now)).scalar_one().replace(tzinfo=None)
-            ages = connection.execute(sa.select(writers.c.writer, writers.c.updated, writers.c.seq)).all()
-            old = [(row.writer, row.seq) for row in ages if (current - row.updated).total_seconds() > older_than]
-            deleted = 0
-            for writer, seq in old:  # by seq too: it may have come back to life since
-                deleted += connection.execute(
-                    sa.delete(writers).where(writers.c.writer == writer, writers.c.seq == seq)
-                ).rowcount
+        writers = self._schema.writers
+        with self._connect_or_say_why() as connection:
+            self._schema.check_writers(connection)
+            now = connection.execute(sa.select(self._dialect.utc_now())).scalar_one()
+            old = writers.c.updated < now - timedelta(seconds=older_than)
+            deleted = int(connection.execute(sa.delete(writers).where(old)).rowcount)
+            connection.commit()
         return deleted
 
 
