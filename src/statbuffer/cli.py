@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 
 _EXTRA = {"typer", "rich"}
@@ -16,6 +17,9 @@ def main() -> None:
             raise
         sys.stderr.write(f"{error.name} is not installed; run: pip install 'statbuffer[cli]'\n")
         sys.exit(2)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a key may have letters that this terminal's encoding has not
+            stream.reconfigure(errors="backslashreplace")
     app(prog_name="statbuffer")
 
 

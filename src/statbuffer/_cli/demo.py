@@ -23,7 +23,7 @@ from statbuffer.sinks.sql import SQLSink
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
 
     from statbuffer import Stats, StopReport
 
@@ -182,7 +182,9 @@ def _count_log(sink: SQLSink, log: Path, stop: Stop) -> Result:
     return Result(outcome.tally.counted, outcome.seconds, None, outcome.stats, outcome.report)
 
 
-def _count_traffic(sink: SQLSink, seconds: float, stop: Stop, statements: Statements, out: Console) -> Result:
+def _count_traffic(
+    sink: SQLSink, seconds: float, stop: Stop, statements: Statements, out: display.ResultConsole
+) -> Result:
     buffer = StatBuffer(sink, interval=INTERVAL, jitter=INTERVAL / 2)
     traffic = Traffic(buffer, make_pages())
     display.say(
@@ -224,7 +226,7 @@ class _Picture:
         )
 
 
-def _show_result(out: Console, result: Result, statements: Statements, keys: int, total: int) -> None:
+def _show_result(out: display.ResultConsole, result: Result, statements: Statements, keys: int, total: int) -> None:
     stats = result.stats
     rate = result.increments / max(result.seconds, 1e-9)
     share = result.increments / max(statements.executed, 1)

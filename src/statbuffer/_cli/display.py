@@ -29,29 +29,39 @@ if TYPE_CHECKING:
 _SPEED_SECONDS = 3.0
 
 
-class _Console(Console):
+class ResultConsole(Console):
     """A console whose reader may leave: what was counted is stored all the same, and the exit code speaks of that."""
 
     def on_broken_pipe(self) -> None:
+        """Go on without a reader."""
         self.quiet = True
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.file.fileno())
         os.close(nowhere)
 
 
-def output() -> Console:
+def output() -> ResultConsole:
     """Return the console of standard output."""
-    return _Console(highlight=False, soft_wrap=True, emoji=False)
+    return ResultConsole(highlight=False, soft_wrap=True, emoji=False)
 
 
-def errors() -> Console:
+def errors() -> ResultConsole:
     """Return the console of standard error."""
-    return _Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
+    return ResultConsole(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 def say(console: Console, text: str, style: str = "") -> None:
     """Print one line of plain text."""
     console.print(Text(text, style=style if console.is_terminal else ""))
+
+
+def write(console: ResultConsole, text: str) -> None:
+    """Write text for another program to read, as it is: rich would expand the tabs."""
+    try:
+        console.file.write(text)
+        console.file.flush()
+    except BrokenPipeError:
+        console.on_broken_pipe()
 
 
 def printable(value: object) -> str:
@@ -64,12 +74,14 @@ def printable(value: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
-def show_top(console: Console, rows: list[tuple[Hashable, int]], columns: Iterable[str], title: str) -> None:
+def show_top(console: ResultConsole, rows: list[tuple[Hashable, int]], columns: Iterable[str], title: str) -> None:
     """Print the largest keys: a table on a terminal, else one line `count<TAB>key...` each."""
     if not console.is_terminal:
+        lines = []
         for key, count in rows:
             parts = key if isinstance(key, tuple) else (key,)
-            console.out(count, *(printable(part) for part in parts), sep="\t", highlight=False)
+            lines.append("\t".join([str(count), *map(printable, parts)]) + "\n")
+        write(console, "".join(lines))
         return
     table = Table(title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("count", justify="right", style="bold cyan", no_wrap=True)
@@ -121,7 +133,7 @@ def show_problems(console: Console, outcome: Outcome) -> None:
     """Say everything that did not go well: bad lines, unread input, counts that are not stored."""
     tally, report = outcome.tally, outcome.report
     if tally.bad:
-        more = f", the first {len(tally.examples)}" if tally.bad > len(tally.examples) else ""
+        more = f", {len(tally.examples)} of them" if tally.bad > len(tally.examples) else ""
         say(console, f"{tally.bad:,} bad lines were not counted{more}:", "yellow")
         for example in tally.examples:
             say(console, f"  {printable(example)}", "yellow")
@@ -200,8 +212,10 @@ def group(*parts: RenderableType) -> RenderableType:
 
 
 def bar(done: float, total: float) -> RenderableType:
-    """Return a bar."""
-    return ProgressBar(total=total, completed=done, width=60, finished_style="bar.complete")
+    """Return a bar on a line of its own."""
+    line = Table.grid()
+    line.add_row(ProgressBar(total=total, completed=done, width=60, finished_style="bar.complete"))
+    return line
 
 
 def figures_grid(figures: dict[str, str]) -> Table:

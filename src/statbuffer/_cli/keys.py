@@ -181,7 +181,7 @@ def _json_amount(value: Any) -> int:
 _COMBINED: Final = (
     ("host", r"(?P<host>\S+)"),
     ("ident", r" (?P<ident>\S+)"),
-    ("user", r" (?P<user>[^\[]*)"),
+    ("user", r" (?P<user>[^\[]*)(?= \[)"),
     ("day", r" \[(?P<day>[0-9]{1,2}/[A-Z][a-z]{2}/[0-9]{4})"),
     ("hour", r":(?P<hour>[0-9]{2})"),
     ("zone", r":[0-9]{2}:[0-9]{2} (?P<zone>[^\]]*)\]"),

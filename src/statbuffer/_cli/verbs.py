@@ -140,7 +140,7 @@ def show_top(
         rows = sink.top(n)
     if as_json:
         found = [dict(zip((*keys, counts), (*values, total), strict=True)) for values, total in rows]
-        display.output().out(json.dumps(found, default=str, indent=1), highlight=False)
+        display.write(display.output(), json.dumps(found, default=str, indent=1) + "\n")
     else:
         display.show_top(display.output(), rows, keys, table)
 
