@@ -2,7 +2,7 @@
 # by hand but python3 with pip and a C compiler.
 PYTHON ?= python3
 BIN := .venv/bin
-CORE := pyproject.toml src/statbuffer/_table/_native.pyx
+CORE := pyproject.toml setup.py src/statbuffer/_table/_native.pyx
 
 .PHONY: demo test lint bench torture build clean
 
