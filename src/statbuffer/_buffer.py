@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
@@ -192,8 +193,11 @@ class StatBuffer:
 
     def _report(self) -> StopReport:
         with self._ledger.lock:
+            pending: Counter[Hashable] = Counter()
+            for key, count in self._table.items():  # a key can be listed twice
+                pending[key] += count
             return StopReport(
-                pending=dict(self._table.items()),
+                pending=dict(pending),
                 in_flight=self._delivery.batch,
                 dead=self.dead_letters(),
                 last_error=self._delivery.last_error,

@@ -26,6 +26,15 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
 
 
+def shown(value: object) -> str:
+    """Return a short `repr` that never raises: a message must not hide its own error."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001  # the repr is the user's code
+        return f"<{type(value).__name__} whose repr raises>"
+    return text if len(text) <= 80 else text[:77] + "..."  # noqa: PLR2004  # as long as a line of a log
+
+
 class StatBufferError(Exception):
     """Base of all errors of this package."""
 
@@ -66,7 +75,7 @@ class BufferFull(StatBufferError, RuntimeError):
 
     def __init__(self, key: Hashable, max_keys: int) -> None:
         super().__init__(
-            f"{max_keys} keys are pending (max_keys): the increment of new key {key!r:.80} was not accepted. "
+            f"{max_keys} keys are pending (max_keys): the increment of new key {shown(key)} was not accepted. "
             "Raise max_keys, shorten interval, or choose on_full='block' or 'fold'; stats().failing says whether the store is down"
         )
         self.key = key
@@ -118,7 +127,7 @@ class Rejected(DeliveryError):
     """
 
     def __init__(self, key: Hashable, reason: str) -> None:
-        super().__init__(f"{key!r:.200}: {reason}")
+        super().__init__(f"{shown(key)}: {reason}")
         self.reasons: Mapping[Hashable, str] = {key: reason}
 
     @classmethod
@@ -139,5 +148,5 @@ class PartlyApplied(DeliveryError):
 
     def __init__(self, failed: Mapping[Hashable, BaseException]) -> None:
         key, error = next(iter(failed.items()))
-        super().__init__(f"{len(failed)} keys failed; {key!r:.80}: {error!r:.200}")
+        super().__init__(f"{len(failed)} keys failed; {shown(key)}: {shown(error)}")
         self.failed = failed

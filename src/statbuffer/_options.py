@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import random
 from dataclasses import dataclass
 from datetime import timedelta
@@ -24,6 +23,7 @@ _WHOLE = ("max_attempts", "batch_keys", "workers", "max_keys")
 _CHOICES = {"restart": ("transient", "temporary", "permanent"), "on_full": ("raise", "block", "fold")}
 
 _TICKS_PER_INTERVAL = 50
+_LONGEST = 1e9  # seconds: thirty years, and what every clock and lock of Python can still wait for
 _TICK_MIN, _TICK_MAX = 0.001, 0.1
 
 
@@ -113,7 +113,7 @@ class Options:
 def _seconds(name: str, value: object, *, or_none: bool = False) -> float:
     if isinstance(value, timedelta):
         value = value.total_seconds()
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
-        expected = "seconds: a finite number >= 0, or a timedelta"
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= _LONGEST:
+        expected = "seconds: a number from 0 to a thousand million, or a timedelta"
         raise OptionError(name, value, expected + (", or None for no limit" if or_none else ""))
     return float(value)

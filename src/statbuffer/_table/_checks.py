@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from statbuffer._errors import Stopped
+from statbuffer._errors import Stopped, shown
 
 INT64_MIN, INT64_MAX = -(2**63), 2**63 - 1
 OVERFLOW = "pending {} and {} more do not fit into 64 bits; nothing was counted"
@@ -20,30 +20,23 @@ def whole(count: object) -> int:
     return int(count)
 
 
-def shown(value: object) -> str:
-    """Return a short `repr` that never raises: a message must not hide its own error."""
-    try:
-        text = repr(value)
-    except Exception:  # noqa: BLE001  # the repr is the user's code
-        return f"<{type(value).__name__} whose repr raises>"
-    return text if len(text) <= 80 else text[:77] + "..."  # noqa: PLR2004  # as long as a line of a log
-
-
 def refuse() -> NoReturn:
     """Raise `Stopped`."""
     raise Stopped("the buffer is stopped; nothing was counted")
 
 
-def report(culprit: object) -> None:
-    """Do with the current exception what C code does with one that it can raise to nobody."""
-    kind, error, trace = sys.exc_info()
-    sys.unraisablehook(_Unraisable(kind, error, trace, culprit))  # type: ignore[arg-type]
+def report(_culprit: object) -> None:
+    """Hand the current exception to `sys.unraisablehook`, as C code does with one that it can raise to nobody. Never raises."""
+    error = sys.exc_info()[1]
+    if error is not None:
+        _Unraisable(error)
 
 
 class _Unraisable:
-    """What `sys.unraisablehook` takes; its own type can't be made outside of C."""
+    """A finalizer that raises is the one way from Python code to the hook: the type that it takes can't be made."""
 
-    def __init__(self, kind: object, error: object, trace: object, culprit: object) -> None:
-        self.exc_type, self.exc_value, self.exc_traceback = kind, error, trace
-        self.err_msg = None
-        self.object = culprit
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def __del__(self) -> None:
+        raise self._error

@@ -82,7 +82,7 @@ cdef class CounterTable:
     cdef list _ticks                            # heap of the wheel's ticks
     cdef object _due                            # deque of buckets that are due already, whatever their tick
     cdef Py_ssize_t _entries                    # keys in all buckets, the stale ones too
-    cdef int _inserting
+    cdef int _inserting                         # calls that are inside an insertion
     cdef list _stuck                            # (key, count); count 0: it is in the cell yet
     cdef double _stuck_born, _stuck_until
     cdef int64_t _accepted_tail, _left_tail     # these sums may pass 64 bits: the tail is C, the rest a Python int
@@ -185,17 +185,20 @@ cdef class CounterTable:
             self._inserting -= 1
 
     cdef inline int64_t _tick_of(self, double moment):
-        return <int64_t>ceil(moment / self._tick)
+        cdef double tick = ceil(moment / self._tick)
+        return <int64_t>(tick if tick * self._tick >= moment else tick + 1.0)  # a quotient may be rounded down
 
     cdef int _schedule(self, object key, int64_t due, double born) except -1:
         """Enter a key in the wheel, and wake the flusher if it knows of nothing that early."""
         cdef bint earliest = False
+        cdef _Bucket fresh
         cdef _Bucket bucket = self._wheel.get(due)
         if bucket is None:
-            bucket = self._new_bucket(due, born)
-            earliest = not self._due and (not self._ticks or due < <int64_t>self._ticks[0])
-            self._wheel[due] = bucket
-            heappush(self._ticks, due)
+            fresh = self._new_bucket(due, born)  # allocates: a finalizer may run, and somebody else be quicker
+            bucket = self._wheel.setdefault(due, fresh)
+            if bucket is fresh:
+                earliest = len(self._cells) == 1 or not self._due and (not self._ticks or due < <int64_t>self._ticks[0])
+                heappush(self._ticks, due)
         elif born < bucket.born:
             bucket.born = born
         bucket.keys.append(key)
@@ -247,13 +250,17 @@ cdef class CounterTable:
             if not bucket.keys and self._due and self._due[0] is bucket:
                 self._due.popleft()
         if self._cells and not self._entries and not self._stuck:
-            self._rescue()
+            born = 0.0
+            self._rescue(counts, limit)
         return (counts, born) if counts else (counts, _INFINITY)
 
-    cdef int _rescue(self) except -1:
-        """Cells without an entry: a key's `__eq__` let two threads insert it at once, and the dict has it twice."""
-        self._stuck += [(key, 0) for key in list(self._cells)]
-        self._stuck_born, self._stuck_until = 0.0, -_INFINITY
+    cdef int _rescue(self, dict counts, Py_ssize_t limit) except -1:
+        """Take cells that no entry leads to: of a key that its own `__eq__` had inserted twice, or whose hash has changed."""
+        cdef _Cell cell
+        while self._cells and len(counts) < limit:
+            key, cell = self._cells.popitem()
+            if cell.count:
+                self._hand_over(key, cell.count, counts)
         return 0
 
     def take_all(self, Py_ssize_t limit):
@@ -297,14 +304,16 @@ cdef class CounterTable:
         if not self._stuck:
             self._stuck_born = self._clock()
         self._stuck_until = self._clock() + self._interval
-        self._stuck.append((key, n))
+        pair = (key, n)  # allocated before the list is looked up, since a finalizer may take it
+        self._stuck.append(pair)
         return 0
 
     cdef int _take_stuck(self, dict counts) except -1:
+        cdef list fresh = []  # allocated first: a finalizer may take what is stuck
         cdef list stuck = self._stuck
         cdef PyObject* found
         cdef int64_t n
-        self._stuck = []
+        self._stuck = fresh
         for key, count in stuck:
             n = count
             if n:
@@ -411,6 +420,8 @@ cdef class CounterTable:
 
     def next_due(self):
         """Return the clock time of the earliest tick that is due; -inf if something is due already, None if nothing is."""
+        if not len(self):
+            return None
         if self._due:
             return -_INFINITY
         if self._stuck:
@@ -421,6 +432,8 @@ cdef class CounterTable:
         """Return the earliest clock time at which something pending was first counted; inf if nothing is pending."""
         cdef _Bucket bucket
         cdef double oldest = self._stuck_born if self._stuck else _INFINITY
+        if not self._cells:
+            return oldest
         for bucket in [*self._due, *self._wheel.values()]:
             if bucket.keys and bucket.born < oldest:
                 oldest = bucket.born
@@ -454,3 +467,7 @@ cdef class CounterTable:
         """Give memory back, if nothing is pending. A dict that is cleared inside an insertion can hide the new key (CPython 3.11)."""
         if not self._cells and not self._inserting:
             PyDict_Clear(self._cells)
+            self._wheel.clear()
+            self._ticks.clear()
+            self._due.clear()
+            self._entries = 0

@@ -5,6 +5,7 @@ A table knows nothing of stores, threads or policies. It counts, and it knows wh
 Concurrency: one reentrant lock, since a key's `__eq__` and finalizers may call the table again from inside it. The hooks
 are called without it. As in `_native.pyx`, each step leaves each count in exactly one place whatever a key's own code
 does: a look-up's answer is used before any other code can run, and a cell's count is read after the cell has left.
+Finalizers may count, at any bytecode; what the native table stands and this one does not is a finalizer that takes.
 """
 
 from __future__ import annotations
@@ -161,16 +162,19 @@ class CounterTable:
             self._inserting -= 1
 
     def _tick_of(self, moment: float) -> int:
-        return math.ceil(moment / self._tick)
+        tick = math.ceil(moment / self._tick)
+        return tick if tick * self._tick >= moment else tick + 1  # a quotient may be rounded down
 
     def _schedule(self, key: Hashable, due: int, born: float) -> bool:
         """Enter a key in the wheel; return whether it is due earlier than all else."""
         bucket = self._wheel.get(due)
         earliest = False
         if bucket is None:
-            earliest = not self._due and (not self._ticks or due < self._ticks[0])
-            bucket = self._wheel[due] = _Bucket(due, born)
-            heappush(self._ticks, due)
+            fresh = _Bucket(due, born)  # allocates: a finalizer may run and be quicker
+            bucket = self._wheel.setdefault(due, fresh)
+            if bucket is fresh:
+                earliest = len(self._cells) == 1 or (not self._due and (not self._ticks or due < self._ticks[0]))
+                heappush(self._ticks, due)
         bucket.born = min(bucket.born, born)
         bucket.keys.append(key)
         self._entries += 1
@@ -214,13 +218,16 @@ class CounterTable:
                 if not bucket.keys and self._due and self._due[0] is bucket:
                     self._due.popleft()
             if self._cells and not self._entries and not self._stuck:
-                self._rescue()
+                born = 0.0
+                self._rescue(counts, limit)
             return counts, (born if counts else math.inf)
 
-    def _rescue(self) -> None:
-        """Cells without an entry: a key's `__eq__` let two threads insert it at once, and the dict has it twice."""
-        self._stuck += [(key, 0) for key in list(self._cells)]
-        self._stuck_born, self._stuck_until = 0.0, -math.inf
+    def _rescue(self, counts: dict[Hashable, int], limit: int) -> None:
+        """Take cells that no entry leads to: of a key that its own `__eq__` had inserted twice, or whose hash has changed."""
+        while self._cells and len(counts) < limit:
+            key, cell = self._cells.popitem()
+            if cell.count:
+                self._hand_over(key, cell.count, counts)
 
     def take_all(self, limit: int) -> tuple[dict[Any, int], float]:
         """`make_due()`, then `take_due`."""
@@ -257,11 +264,13 @@ class CounterTable:
         if not self._stuck:
             self._stuck_born = self._clock()
         self._stuck_until = self._clock() + self._interval
-        self._stuck.append((key, n))
+        pair = (key, n)  # allocated before the list is looked up, since a finalizer may take it
+        self._stuck.append(pair)
 
     def _take_stuck(self, counts: dict[Hashable, int]) -> None:
+        fresh: list[tuple[Hashable, int]] = []  # allocated first: a finalizer may take what is stuck
         stuck = self._stuck
-        self._stuck = []
+        self._stuck = fresh
         for key, count in stuck:
             if count:
                 self._hand_over(key, count, counts)
@@ -357,6 +366,8 @@ class CounterTable:
     def next_due(self) -> float | None:
         """Return the clock time of the earliest tick that is due; -inf if something is due already, None if nothing is."""
         with self._lock:
+            if not len(self):
+                return None
             if self._due:
                 return -math.inf
             moments = [self._ticks[0] * self._tick] if self._ticks else []
@@ -365,7 +376,8 @@ class CounterTable:
     def oldest(self) -> float:
         """Return the earliest clock time at which something pending was first counted; inf if nothing is pending."""
         with self._lock:
-            buckets = [bucket.born for bucket in [*self._due, *self._wheel.values()] if bucket.keys]
+            line = [*self._due, *self._wheel.values()] if self._cells else []
+            buckets = [bucket.born for bucket in line if bucket.keys]
             return min(buckets + [self._stuck_born] * bool(self._stuck), default=math.inf)
 
     # Life
@@ -399,3 +411,7 @@ class CounterTable:
         with self._lock:
             if not self._cells and not self._inserting:
                 self._cells.clear()
+                self._wheel.clear()
+                self._ticks.clear()
+                self._due.clear()
+                self._entries = 0
