@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from bench.peers import peers
+from bench.servers import mariadb, postgresql
 from statbuffer._cli.bench import show_sections
 from statbuffer._cli.bench_sections import SECTIONS, increment
 
@@ -15,7 +16,12 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
-    sections: dict[str, Section] = {**SECTIONS, "increment": partial(increment, peers=peers())}
+    sections: dict[str, Section] = {
+        **SECTIONS,
+        "increment": partial(increment, peers=peers()),
+        "postgresql": postgresql,
+        "mariadb": mariadb,
+    }
     wanted = sys.argv[1:] or list(sections)
     unknown = [name for name in wanted if name not in sections]
     if unknown:

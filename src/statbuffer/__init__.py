@@ -6,6 +6,8 @@ with StatBuffer("sqlite:///views.db", interval=1.0) as views:
     views.increment("/home")
 """
 
+from typing import TYPE_CHECKING
+
 from statbuffer._batch import Batch, DeadLetter
 from statbuffer._buffer import StatBuffer, StopReport
 from statbuffer._errors import (
@@ -27,6 +29,9 @@ from statbuffer._errors import (
 from statbuffer._options import Options
 from statbuffer._stats import Stats
 from statbuffer.sinks import Sink
+
+if TYPE_CHECKING:
+    from statbuffer.sinks.sql import SQLSink
 
 __all__ = [
     "Batch",

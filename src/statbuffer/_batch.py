@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Batch:
 
     writer: str
     seq: int
-    counts: Mapping[Hashable, int]
+    counts: Mapping[Any, int]
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "counts", MappingProxyType(self.counts))

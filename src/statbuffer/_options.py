@@ -53,8 +53,9 @@ class Options:
     max_attempts: int = 4
     """Failures in a row after which `stats().failing` is true and the log says ERROR. Nothing is dropped by it."""
 
-    batch_keys: int = 2_500
-    """Keys in one batch at most. Taking more at once would hold the GIL for longer than a millisecond."""
+    batch_keys: int = 10_000
+    """Keys in one batch at most. More: fewer transactions for the same keys; a batch's rows are sorted and encoded in one
+    go, in which no other Python thread runs (about 15 ms for 10,000 keys)."""
 
     workers: int = 8
     """Threads that call `handle_flush`, for a callback sink. 1: one call after the other."""

@@ -207,3 +207,10 @@ def test_a_missing_extra_is_one_line(missing: str) -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == Exit.USAGE
     assert done.stderr == f"{missing} is not installed; run: pip install 'statbuffer[cli]'\n"
+
+
+def test_a_closed_input_is_said(store: Store) -> None:
+    command = f'exec "{sys.executable}" -m statbuffer.cli count --field 1 --into {store.url} <&-'
+    done = subprocess.run(["/bin/sh", "-c", command], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == Exit.INPUT
+    assert "not read: standard input: is closed" in done.stderr

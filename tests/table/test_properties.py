@@ -137,9 +137,9 @@ class TableMachine(RuleBasedStateMachine):
 
 
 def machine(table_class: Any) -> Any:
-    case = type(f"{table_class.__module__}Machine", (TableMachine,), {"table_class": table_class}).TestCase
-    case.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
-    return case
+    made: Any = type(f"{table_class.__module__}Machine", (TableMachine,), {"table_class": table_class})
+    made.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+    return made.TestCase
 
 
 TestNative = machine(_native.CounterTable)

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,8 +95,8 @@ class Hostile:
         finally:
             self.depth -= 1
 
-    note: object
-    note_taken: object
+    note: Any
+    note_taken: Any
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -41,7 +41,7 @@ def stored(url: str, table: str) -> dict[Any, int]:
 
 def buffer_for(url: str, table: str, **options: Any) -> StatBuffer:
     """A buffer that delivers all the time and tries again at once."""
-    settings = {"interval": 0.005, "backoff": 0.005, "restart": "permanent", "shutdown": None} | options
+    settings: dict[str, Any] = {"interval": 0.005, "backoff": 0.005, "restart": "permanent", "shutdown": None} | options
     return StatBuffer(SQLSink(url, table=table), **settings)
 
 

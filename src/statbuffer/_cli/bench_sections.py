@@ -12,13 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from statbuffer import StatBuffer
+from statbuffer import Batch, StatBuffer
 from statbuffer._cli.bench import Line, best_of, cost, speed, time_calls
-from statbuffer._cli.bench_sqlite import BY_HAND, one_commit_each, timed
+from statbuffer._cli.bench_sqlite import executemany, json_each, one_commit_each, timed
 from statbuffer.sinks.sql import SQLSink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+
+    Store = Callable[[Path, dict[str, int]], list[float]]
 
     from statbuffer._cli.bench import Function, Section, Turn
 
@@ -162,7 +164,7 @@ def _time_update(function: Callable[[list[str]], object], make: Callable[[int], 
 
 _MEMORY_PROGRAM: Final = """
 import sys, tracemalloc
-from statbuffer import StatBuffer
+from statbuffer import Batch, StatBuffer
 number, kind = int(sys.argv[1]), sys.argv[2]
 keys = [f"/products/{page}" for page in range(number)]
 for key in keys: hash(key)
@@ -201,25 +203,51 @@ def _bytes_per_key(number: int, kind: str) -> float:
 
 
 def flush(scale: float) -> Iterable[Line]:
-    """From memory into a SQLite file, until it is committed: rows that are new, then the same rows again."""
+    """From a dict into a SQLite file, until it is committed: rows that are new, then the same rows again."""
     number = int(100_000 * scale)
     counts = {f"/products/{page}": page % 97 + 1 for page in range(number)}
+    stores: dict[str, Store] = {"sink": _apply, "buffer": _flush, "hand": json_each, "rows": executemany}
     best: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory(prefix="statbuffer-bench-") as directory:
-        for turn in range(3):
-            for name, store in (("ours", _flush_ours), *BY_HAND.items()):
+        for turn in range(5):
+            for name, store in stores.items():
                 seconds = store(Path(directory, f"{name.split()[0]}-{turn}.db"), counts)
                 best[name] = [min(pair) for pair in zip(seconds, best.get(name, seconds), strict=True)]
         each = one_commit_each(Path(directory, "each.db"), counts)
-    ours = best.pop("ours")
+    rows = best.pop("rows")
+    yield from compare_flush(
+        "SQLite", number, {"json_each upsert" if name == "hand" else name: best[name] for name in best}, each
+    )
+    peer = "by hand, executemany: hands the GIL over at each row, so only while nothing else runs"
     for index, what in enumerate(("new", "existing")):
-        hand = min(best, key=lambda name: best[name][index])
-        name = f"SQLite flush, {number:,} {what} rows"
-        yield speed(name, ours[index], f"by hand, {hand}", best[hand][index], goal=_AT_LEAST_BY_HAND)
-    yield speed(f"SQLite flush, {number:,} new rows", ours[0], "by hand, a commit a key (a sample)", each)
+        yield speed(f"SQLite, {number:,} {what} rows, one batch", best["sink"][index], peer, rows[index])
 
 
-def _flush_ours(path: Path, counts: dict[str, int]) -> list[float]:
+def compare_flush(database: str, number: int, best: dict[str, list[float]], each: float) -> Iterable[Line]:
+    """Lines of one database; `best` has the seconds for new rows and for existing ones, by "sink", "buffer" and by hand."""
+    hands = [name for name in best if name not in {"sink", "buffer"}]
+    for index, what in enumerate(("new", "existing")):
+        hand = min(hands, key=lambda name: best[name][index])
+        peer, name = f"by hand, {hand}", f"{database}, {number:,} {what} rows"
+        yield speed(f"{name}, one batch", best["sink"][index], peer, best[hand][index], goal=_AT_LEAST_BY_HAND)
+        if "buffer" in best:
+            yield speed(f"{name}, whole flush", best["buffer"][index], peer, best[hand][index])
+    yield speed(
+        f"{database}, {number:,} new rows, one batch", best["sink"][0], "by hand, a commit a key (a sample)", each
+    )
+
+
+def _apply(path: Path, counts: dict[str, int]) -> list[float]:
+    sink = SQLSink(f"sqlite:///{path}")
+    sink.open()
+    seconds = [timed(partial(sink.apply, Batch("bench", seq, counts))) for seq in (1, 2)]
+    assert sink.summary() == (len(counts), 2 * sum(counts.values()))
+    sink.close()
+    return seconds
+
+
+def _flush(path: Path, counts: dict[str, int]) -> list[float]:
+    """The same through a buffer: taken from the table in small steps, in batches as by default."""
     sink = SQLSink(f"sqlite:///{path}")
     with StatBuffer(sink, interval=_NEVER) as buffer:
         seconds = []

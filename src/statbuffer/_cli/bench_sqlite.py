@@ -49,7 +49,8 @@ def _twice(
     return run
 
 
-BY_HAND: Final = {"json_each upsert": _twice(_json_each), "executemany upsert": _twice(_executemany)}
+json_each: Final = _twice(_json_each)
+executemany: Final = _twice(_executemany)
 
 
 def one_commit_each(path: Path, counts: dict[str, int]) -> float:

@@ -6,8 +6,10 @@ bounded by one block and one line, and a line by `MAX_LINE`.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
+import sys
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,6 +105,8 @@ def _total_bytes(paths: list[str]) -> int | None:
 
 
 def _file_blocks(path: str, tally: Tally, stop: Stop) -> Iterator[Block]:
+    if path == "-" and sys.stdin is None:  # closed by our parent; the number may stand for another file by now
+        raise OSError(errno.EBADF, "is closed")
     # O_NONBLOCK: to open a FIFO that nobody writes to would wait where no signal is heard
     fd = _STDIN if path == "-" else os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
