@@ -39,7 +39,7 @@ clean:
 	@touch $@
 
 .venv/dev.stamp: .venv/pip.stamp $(CORE)
-	$(BIN)/python -m pip install -q --editable ".[all]" --group test --group lint --group build
+	$(BIN)/python -m pip install -q --editable ".[all]" --group test --group lint --group build --group bench
 	@touch $@ .venv/app.stamp
 
 .venv/bench.stamp: .venv/pip.stamp $(CORE)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
 import pytest
@@ -23,6 +24,8 @@ from statbuffer import (
     Stopped,
     Undelivered,
 )
+from statbuffer._stats import Ledger
+from statbuffer.sinks.callback import BatchCallbackSink, CallbackSink
 from statbuffer.testing import Fault, FaultySink, MemorySink
 
 
@@ -558,3 +561,78 @@ def test_a_handler_that_counts_is_never_blocked_by_itself(clock):
     clock.advance(1.1)
     assert len(errors) == 1
     views.reset()
+
+
+# When the machine itself fails
+
+
+def test_counts_wait_while_no_thread_can_be_started(clock, sink, monkeypatch, caplog):
+    views = StatBuffer(sink, clock=clock, interval=1.0).start()
+    spawn, fails = clock.spawn, [True, True]
+
+    def no_threads(target, name):
+        if fails:
+            fails.pop()
+            raise RuntimeError("can't start new thread")
+        spawn(target, name)
+
+    monkeypatch.setattr(clock, "spawn", no_threads)
+    views.increment("a")
+    views.increment("b")
+    assert views.stats().pending == 2
+    assert "can't be started; counts wait in memory" in caplog.text
+    views.increment("c")  # the next new key asks again
+    clock.advance(1.1)
+    assert sum(sink.counts.values()) == 3
+
+
+def test_an_error_of_the_flusher_itself_does_not_end_it(clock, sink, monkeypatch, caplog):
+    views = StatBuffer(sink, clock=clock, interval=1.0, backoff=1.0).start()
+    attempt = views._delivery.attempt
+    failures = [OSError("a bug")]
+
+    def buggy():
+        if failures:
+            raise failures.pop()
+        return attempt()
+
+    monkeypatch.setattr(views._delivery, "attempt", buggy)
+    views.increment("a")
+    clock.advance(5.0)
+    assert sink.counts == {"a": 1}
+    assert "met an error of its own and goes on" in caplog.text
+
+
+def test_a_callback_sink_does_the_work_itself_when_no_pool_can_be_had(monkeypatch):
+    calls = []
+    sink = CallbackSink(lambda key, count: calls.append((key, count)), workers=4)
+
+    def refuse(*_args, **_kwargs):
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", refuse)
+    sink.apply(Batch("w", 1, {"a": 1, "b": 2}))
+    assert sorted(calls) == [("a", 1), ("b", 2)]
+    assert "CallbackSink" in repr(sink)
+    assert "BatchCallbackSink" in repr(BatchCallbackSink(print))
+
+
+def test_a_key_that_is_seen_again_between_two_steps_of_a_take_waits_for_the_next():
+    class Steps:
+        """A table that hands out "a" twice in one take, as when somebody counts in between."""
+
+        def __init__(self) -> None:
+            self.steps = [({"a": 1}, 1.0), ({"a": 5, "b": 2}, 2.0), ({}, float("inf"))]
+            self.returned = []
+
+        def take_due(self, _now, _limit):
+            return self.steps.pop(0)
+
+        def put_back(self, counts, **options):
+            self.returned.append((counts, options))
+
+    table = Steps()
+    ledger = Ledger(table)
+    assert ledger.take(0.0, 100) == ({"a": 1, "b": 2}, 1.0)
+    assert table.returned == [({"a": 5}, {"delay": 0.0, "born": 2.0})]
+    assert ledger.in_flight == 3
