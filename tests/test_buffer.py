@@ -623,7 +623,7 @@ def test_a_key_that_is_seen_again_between_two_steps_of_a_take_waits_for_the_next
 
         def __init__(self) -> None:
             self.steps = [({"a": 1}, 1.0), ({"a": 5, "b": 2}, 2.0), ({}, float("inf"))]
-            self.returned = []
+            self.returned: list[object] = []
 
         def take_due(self, _now, _limit):
             return self.steps.pop(0)

@@ -636,6 +636,35 @@ def test_an_engine_of_the_user_stays_open_and_memory_databases_work():
     assert isinstance(from_url("sqlite://"), SQLSink)
 
 
+def test_a_database_in_memory_is_one_for_all_threads():
+    with StatBuffer("sqlite://", interval=0.01) as views:
+        views.increment("a", 5)
+        views.flush(timeout=10)
+        assert views.total("a") == 5
+
+
+def test_a_value_that_the_driver_cannot_send_is_found_and_rejected(db):
+    """Such as a subclass of str whose contents a driver or its encoder trips over."""
+    sink = db.sink()
+    sink.open()
+
+    class Unsendable(str):
+        __slots__ = ()
+
+    parameters = sink._dialect.parameters
+
+    def trip(rows):
+        if any(isinstance(row[0], Unsendable) for row in rows):
+            raise ValueError("can't adapt this")
+        return parameters(rows)
+
+    sink._dialect.parameters = trip
+    with pytest.raises(Rejected, match="can't adapt this") as caught:
+        sink.apply(batch(1, {f"key-{number}": 1 for number in range(50)} | {Unsendable("bad"): 1}, "fresh"))
+    assert list(caught.value.reasons) == ["bad"]
+    assert sink.totals() == {}
+
+
 # Watermarks
 
 

@@ -64,6 +64,8 @@ def _engine_options(url: URL) -> dict[str, Any]:
         arguments["init_command"] = f"SET SESSION wait_timeout = {2 * _SILENCE}, innodb_lock_wait_timeout = {_SILENCE}"
         options = {"pool_recycle": _SILENCE}  # younger than the server's wait_timeout
         options["isolation_level"] = "READ COMMITTED"  # gap locks make upserts of new keys deadlock
+    elif url.database in {None, "", ":memory:"}:  # one database for all threads, not one for each
+        return {"poolclass": sa.StaticPool, "connect_args": {"check_same_thread": False}}
     else:
         return {}
     return options | {"connect_args": {name: value for name, value in arguments.items() if name not in url.query}}

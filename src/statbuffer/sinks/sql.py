@@ -39,6 +39,10 @@ if TYPE_CHECKING:
 _READ_CHUNK: Final = 10_000
 
 
+_UNSENDABLE: Final = (exc.StatementError, ValueError, TypeError)
+"""What SQLAlchemy and the drivers raise before they send anything, for a value that they can't put into a message."""
+
+
 class _DataProblem(Exception):
     """Some row was left out by the statement itself."""
 
@@ -240,10 +244,12 @@ class SQLSink:
             if not committing and not halving and self._dialect.is_data_error(error):
                 raise _DataProblem from error
             raise NotApplied(_words(error)) from error
-        except exc.SQLAlchemyError as error:  # no connection left in the pool, and the like: before anything was sent
-            if committing:
-                raise
+        except exc.TimeoutError as error:  # no connection left in the pool
             raise NotApplied(_words(error)) from error
+        except _UNSENDABLE as error:
+            if committing or halving:
+                raise
+            raise _DataProblem from error
 
     def _is_new(self, connection: Connection, batch: Batch) -> bool:
         """Move the watermark; whether it moved. Locks the writer's row, so an earlier, unanswered try is over after this."""
@@ -293,6 +299,8 @@ class SQLSink:
         except exc.DBAPIError as error:
             if error.connection_invalidated or not self._dialect.is_data_error(error):
                 raise
+            reason = _words(error)
+        except _UNSENDABLE as error:
             reason = _words(error)
         if len(rows) == 1:
             return {self._key_in(rows[0]): reason}
