@@ -180,6 +180,8 @@ def test_a_key_that_raises_while_it_is_taken_is_tried_again_later(make, now, unr
 
 def test_finalizers_may_count_while_the_table_allocates(make):
     table = make(interval=0.0)
+    if table.kind == "reference":
+        pytest.skip("bytecode can be interrupted anywhere: with the reference table, finalizers use async_increment")
 
     class Counting:
         def __init__(self) -> None:

@@ -5,7 +5,8 @@ A table knows nothing of stores, threads or policies. It counts, and it knows wh
 Concurrency: one reentrant lock, since a key's `__eq__` and finalizers may call the table again from inside it. The hooks
 are called without it. As in `_native.pyx`, each step leaves each count in exactly one place whatever a key's own code
 does: a look-up's answer is used before any other code can run, and a cell's count is read after the cell has left.
-Finalizers may count, at any bytecode; what the native table stands and this one does not is a finalizer that takes.
+What the native table stands and this one does not: a finalizer or signal handler that interrupts a step, on the same
+thread, and counts. `StatBuffer.async_increment` is made for those.
 """
 
 from __future__ import annotations

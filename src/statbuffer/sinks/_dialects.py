@@ -298,6 +298,8 @@ class MySQL(SQLDialect):
         found = connection.execute(sa.select(columns.c.column_name, columns.c.collation_name).where(*here))
         collations = {row[0]: row[1] for row in found}
         for column in keys:
+            if not isinstance(column.type, sa.String):
+                continue  # a UUID may be kept as text, always in one case
             collation = collations.get(column.name)
             if collation not in {None, "binary", "utf8mb4_nopad_bin", "utf8mb4_0900_bin"}:
                 return f"column {column.name!r} has the collation {collation}, which merges different keys; use {self._collation}"
