@@ -147,9 +147,7 @@ class Life:
 def test_finalizers_may_take_and_put_back_while_the_table_allocates(make, now, threshold):
     life = Life(make(interval=0.0))
     if life.table.kind == "reference":
-        pytest.skip(
-            "bytecode can be interrupted anywhere; plain Python stands finalizers that count, not ones that take"
-        )
+        pytest.skip("bytecode can be interrupted anywhere: with the reference table, finalizers use async_increment")
     old = gc.get_threshold()
     gc.set_threshold(threshold)
     try:
