@@ -159,9 +159,13 @@ class Result:
 
 def run_demo(url: str, log: Path | None, seconds: float) -> Exit:
     """Run the demo; the exit code says whether the books and the database agree."""
+    with contextlib.closing(SQLSink(url, table=TABLE)) as sink:
+        return _run(sink, log, seconds)
+
+
+def _run(sink: SQLSink, log: Path | None, seconds: float) -> Exit:
     out = display.output()
     statements = Statements()
-    sink = SQLSink(url, table=TABLE)
     with sink.engine.begin() as connection:
         sa.Table(TABLE, sa.MetaData()).drop(connection, checkfirst=True)
     statements.listen(sink.engine)

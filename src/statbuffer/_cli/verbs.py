@@ -7,7 +7,7 @@ import json
 import re
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import sqlalchemy as sa
 import typer
@@ -33,7 +33,6 @@ from statbuffer.sinks.sql import SQLSink
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
 
-_WRITERS = "statbuffer_writers"
 _CODES = "**Exit codes**\n\n" + "\n\n".join(f"{code.value}: {meaning}" for code, meaning in MEANINGS.items())
 
 app = typer.Typer(
@@ -107,13 +106,12 @@ def count(
 ) -> None:
     """Count lines by a key, into a table: `count access.log --format combined --key path --into sqlite:///hits.db`."""
     picker = _picker(field=field, regex=regex, json_path=json_path, format_=format_, key=key, amount=amount)
-    with _store_errors():
-        sink = SQLSink(into, table=table, key=picker.columns, mode="update" if update_only else "upsert")
+    with _opened(into, table=table, key=picker.columns, mode="update" if update_only else "upsert") as sink:
         with Stop() as stop:
             run = Run(sink, picker, stop, interval=interval, shutdown=shutdown, max_keys=max_keys)
             with display.live(display.errors(), display.CountProgress(run).render) or contextlib.nullcontext():
                 outcome = run.count(files or ["-"])
-    _show_outcome(outcome, sink, picker, title=table, top=top)
+        _show_outcome(outcome, sink, picker, title=table, top=top)
     raise typer.Exit(
         choose(
             undelivered=outcome.undelivered,
@@ -136,7 +134,7 @@ def show_top(
     """Show the largest keys of a table."""
     with _store_errors():
         keys, counts = _columns(url, table, tuple(key or ()), count_column)
-        sink = SQLSink(url, table=table, key=keys, count=counts, mode="update", create=False)
+    with _opened(url, table=table, key=keys, count=counts, mode="update", create=False) as sink:
         rows = sink.top(n)
     if as_json:
         found = [dict(zip((*keys, counts), (*values, total), strict=True)) for values, total in rows]
@@ -155,7 +153,7 @@ def prune(
     seconds = _seconds(older_than)
     with _store_errors():
         _require_database(url)
-        sink = SQLSink(url, table=_WRITERS, key="writer", count="seq", create=False)
+    with _opened(url, create=False) as sink:
         deleted = sink.prune(seconds)
     display.say(display.output(), f"{deleted:,} watermarks of writers silent for {older_than} deleted")
 
@@ -273,6 +271,13 @@ def _seconds(text: str) -> float:
     if match is None:
         raise typer.BadParameter(f"{text!r}: expected an age such as 30d, 12h, 90m or 3600", param_hint="--older-than")
     return float(match[1]) * _UNITS[match[2]]
+
+
+@contextlib.contextmanager
+def _opened(url: str, **options: Any) -> Iterator[SQLSink]:
+    """A sink for one verb, closed at its end; what is wrong with it becomes one line."""
+    with _store_errors(), contextlib.closing(SQLSink(url, **options)) as sink:
+        yield sink
 
 
 @contextlib.contextmanager
