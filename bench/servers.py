@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from statbuffer._cli.bench import Line
     from tests.servers import Server
 
-_TURNS = 3
+_TURNS = 6
 _SAMPLE = 300
 _COLLATED = "CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin"
 
