@@ -196,8 +196,8 @@ class PostgreSQL(SQLDialect):
         return sa.func.timezone("UTC", sa.func.now(), type_=sa.DateTime)
 
     def parameters(self, rows: Rows) -> dict[str, Any]:
-        *keys, counts = zip(*rows, strict=True)
-        return {f"k{number}": list(values) for number, values in enumerate(keys)} | {"n": list(counts)}
+        names = [*(f"k{number}" for number in range(len(rows[0]) - 1)), "n"]
+        return {name: [row[place] for row in rows] for place, name in enumerate(names)}
 
     def rows_source(self, keys: Sequence[Column[Any]]) -> sa.Subquery:
         names = [*(f"k{number}" for number in range(len(keys))), "n"]
