@@ -11,6 +11,7 @@ them, and starts anew with a writer id of its own.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import sys
 import weakref
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from statbuffer._buffer import StatBuffer
+
+log = logging.getLogger("statbuffer")
 
 _running: weakref.WeakSet[StatBuffer] = weakref.WeakSet()
 _finalized_pid: int | None = None
@@ -46,7 +49,9 @@ def on_thread_start() -> None:
 
 def _stop_all() -> None:
     for buffer in list(_running):
-        buffer.stop()
+        report = buffer.stop()
+        if not report.complete:
+            log.error("%r: the process ends with counts that are not stored: %s", buffer, report)
 
 
 def _renew_all() -> None:
