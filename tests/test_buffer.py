@@ -633,6 +633,8 @@ def test_a_key_that_is_seen_again_between_two_steps_of_a_take_waits_for_the_next
 
     table = Steps()
     ledger = Ledger(table)
-    assert ledger.take(0.0, 100) == ({"a": 1, "b": 2}, 1.0)
+    batch, born = ledger.take(0.0, 100)
+    assert batch is not None
+    assert (batch.counts, born) == ({"a": 1, "b": 2}, 1.0)
     assert table.returned == [({"a": 5}, {"delay": 0.0, "born": 2.0})]
     assert ledger.in_flight == 3

@@ -1,14 +1,15 @@
-"""What travels: a batch of counts on its way to a store, and the letters that came back for good."""
+"""What travels: a batch of counts on its way to a store, what became of it, and the letters that came back for good."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping
+    from collections.abc import Collection, Hashable, Iterable, Mapping
 
 
 def new_writer_id() -> str:
@@ -54,12 +55,37 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """A count that the store rejected for good. It waits in memory until `retry_dead_letters()` or the process's end.
+    """A count that the store rejected for good, kept until `retry_dead_letters()`.
 
-    `count` is all that was rejected for `key` so far; `reason` and `batch` are those of the latest rejection.
+    It waits in the journal; where there is none, in memory until the process ends. `count` is all that was rejected for `key` so far; `reason` and `batch` are those of the latest rejection.
     """
 
     key: Hashable
     count: int
     reason: str
     batch: str
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """What became of each count of a batch. What is named nowhere is stored."""
+
+    batch: Batch
+    dead: Mapping[Hashable, str] = field(default_factory=dict)
+    """Why each of these keys will never be stored."""
+    dropped: Collection[Hashable] = ()
+    returned: Mapping[Hashable, float] = field(default_factory=dict)
+    """Known not to be stored: to be tried again in so many seconds, in another batch."""
+    rest: Collection[Hashable] = ()
+    """Known not to be stored: to be tried again at once, as a batch of their own."""
+    born: float = math.inf
+    """Clock time of the oldest count in the batch."""
+
+    def total(self, keys: Iterable[Hashable]) -> int:
+        """Return the sum of the batch's counts of `keys`."""
+        return sum(self.batch.counts[key] for key in keys)
+
+    @property
+    def stored(self) -> int:
+        """The sum of what is stored."""
+        return self.batch.total - sum(map(self.total, (self.dead, self.dropped, self.returned, self.rest)))

@@ -321,17 +321,12 @@ class StatBuffer:
 
     def dead_letters(self) -> tuple[DeadLetter, ...]:
         """Return the counts that the store rejected for good, one letter a key."""
-        with self._ledger.lock:
-            return tuple(self._delivery.dead.values())
+        return self._ledger.dead_letters()
 
     def retry_dead_letters(self) -> int:
         """Put all dead letters back to be delivered again, once the reason is mended; return the sum of their counts."""
         self._require_running()
-        with self._ledger.lock:
-            counts = {letter.key: letter.count for letter in self._delivery.dead.values()}
-            self._delivery.dead.clear()
-            self._ledger.revive(counts, self._clock.monotonic())
-        return sum(counts.values())
+        return self._ledger.revive(self._clock.monotonic())
 
     def reset(self) -> int:
         """Discard what is pending and return its sum, which `stats()` shows as dropped. Meant for tests.

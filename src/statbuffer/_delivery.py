@@ -13,19 +13,18 @@ import logging
 import math
 import random
 import threading
-from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from statbuffer._batch import Batch, DeadLetter, new_writer_id
+from statbuffer._batch import Settlement
 from statbuffer._errors import NotApplied, PartlyApplied, Rejected
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable, Mapping
+    from collections.abc import Hashable, Iterable
 
+    from statbuffer._batch import Batch
     from statbuffer._clock import Clock
     from statbuffer._options import Options
-    from statbuffer._stats import Ledger
     from statbuffer.sinks import Sink
 
 log = logging.getLogger("statbuffer")
@@ -69,25 +68,28 @@ def pause_after(failures: int, options: Options) -> float:
     return pause * random.uniform(0.8, 1.0)  # noqa: S311  # spreads the retries of many processes, guards no secret
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
-    """What one attempt changed for those who wait: which keys went back to the table, and what will never be stored."""
+class Books(Protocol):
+    """Where a settlement is written down: the ledger of a buffer, or a journal."""
 
-    returned: frozenset[Hashable] = frozenset()
-    dead: Mapping[Hashable, int] = field(default_factory=dict)
-    dropped: Mapping[Hashable, int] = field(default_factory=dict)
+    puts_back: bool
+    """Whether a batch that is known not to be stored is taken apart; else it is offered again unchanged."""
+    batches: int
+    attempts: int
+    failures: int
+    last_flush_seconds: float | None
+
+    def settle(self, settlement: Settlement) -> Batch | None:
+        """Move the counts of a batch, all in one step; return the batch of `settlement.rest`, if there is any."""
 
 
 class Delivery:
     """At most one batch in flight, and the memory of what failed."""
 
-    def __init__(self, sink: Sink, ledger: Ledger, options: Options, clock: Clock) -> None:
+    def __init__(self, sink: Sink, books: Books, options: Options, clock: Clock) -> None:
         self._sink = sink
-        self._ledger = ledger
+        self._books = books
         self._options = options
         self._clock = clock
-        self._writer = new_writer_id()
-        self._seq = 0
         self._opened = False
         self._failures = 0
         self._key_failures: dict[Hashable, int] = {}
@@ -100,7 +102,8 @@ class Delivery:
         self.resume_at = -math.inf
         """Clock time before which nothing is offered."""
         self.last_error: str | None = None
-        self.dead: dict[Hashable, DeadLetter] = {}
+        self._unwritten: Settlement | None = None
+        """The sink has answered, but the books could not be written: only that is to be tried again."""
 
     @property
     def failing(self) -> bool:
@@ -115,10 +118,9 @@ class Delivery:
             opener()
         self._opened = True
 
-    def load(self, counts: dict[Hashable, int], born: float) -> None:
-        """Make the next batch of counts that were taken; the one before must be settled."""
-        self._seq += 1
-        self.batch, self.born, self.frozen = Batch(self._writer, self._seq, counts), born, False
+    def load(self, batch: Batch, born: float) -> None:
+        """Make `batch` the one to offer; the one before must be settled."""
+        self.batch, self.born, self.frozen = batch, born, False
 
     def hurry(self, *, at_once: bool) -> None:
         """Somebody waits: forget how long the pauses have become, but stay `backoff` away from the latest attempt.
@@ -131,25 +133,28 @@ class Delivery:
         """Nothing is pending, so no key can be failing: some came to zero or were discarded before they succeeded."""
         self._key_failures.clear()
 
-    def attempt(self) -> Settled | None:
-        """Offer the batch once. Return what was settled, or None if the batch stays in flight."""
+    def attempt(self) -> Settlement | None:
+        """Offer the batch once. Return what became of it, or None if it stays in flight. Raises what the books raise."""
         batch = self.batch
         assert batch is not None
         with self.attempting:
+            if self._unwritten is not None:
+                return self._settle(self._unwritten)
             error = self._offer(batch)
             if error is not None:
                 self._note_failure(error)
-            return self._act(next_step(error, frozen=self.frozen, options=self._options), batch, error)
+            frozen = self.frozen or not self._books.puts_back
+            return self._act(next_step(error, frozen=frozen, options=self._options), batch, error)
 
     def _offer(self, batch: Batch) -> BaseException | None:
         started = self._last_attempt = self._clock.monotonic()
-        self._ledger.attempts += 1
+        self._books.attempts += 1
         try:
             self._open_before_attempt()
             self._sink.apply(batch)
         except BaseException as error:  # noqa: BLE001  # also a handler's sys.exit(): it must not end the flusher
             return error
-        self._ledger.last_flush_seconds = self._clock.monotonic() - started
+        self._books.last_flush_seconds = self._clock.monotonic() - started
         return None
 
     def _open_before_attempt(self) -> None:
@@ -158,7 +163,7 @@ class Delivery:
         except Exception as error:
             raise NotApplied(f"the sink can't be opened: {error}") from error
 
-    def _act(self, fate: Fate, batch: Batch, error: BaseException | None) -> Settled | None:
+    def _act(self, fate: Fate, batch: Batch, error: BaseException | None) -> Settlement | None:
         if fate is Fate.STORED:
             return self._stored(batch)
         if fate is Fate.PARTLY_STORED:
@@ -172,87 +177,68 @@ class Delivery:
             self._pause()
             return None
         if fate is Fate.DROP:
-            return self._drop(batch)
+            return self._settle(Settlement(batch, dropped=tuple(batch.counts), born=self.born))
         return self._put_back(batch)
 
-    def _stored(self, batch: Batch) -> Settled:
+    def _settle(self, settlement: Settlement) -> Settlement:
+        self._unwritten = settlement
+        rest = self._books.settle(settlement)
+        self._unwritten = None
+        for key, reason in settlement.dead.items():
+            self._key_failures.pop(key, None)
+            log.error("dead letter: %d for key %.200r: %s", settlement.batch.counts[key], key, reason)
+        if lost := settlement.total(settlement.dropped):
+            keys = len(settlement.dropped)
+            log.error("dropped %d counts of %d keys (restart='temporary'): %s", lost, keys, self.last_error)
+        self.batch, self.born, self.frozen, self.resume_at = None, math.inf, False, -math.inf
+        if rest is not None:
+            self.load(rest, settlement.born)
+        return settlement
+
+    def _stored(self, batch: Batch) -> Settlement:
         if self._failures:
             log.info("delivery works again after %d failures", self._failures)
+        settlement = self._settle(Settlement(batch, born=self.born))
         self._succeeded(batch.counts)
         if not self._key_failures:
             self.last_error = None
-        self._ledger.settle(stored=batch.total)
-        self._clear()
-        return Settled()
+        return settlement
 
-    def _partly_stored(self, batch: Batch, error: PartlyApplied) -> Settled:
+    def _partly_stored(self, batch: Batch, error: PartlyApplied) -> Settlement:
         failed = {key: cause for key, cause in error.failed.items() if key in batch.counts}
+        dead = {key: str(cause) for key, cause in failed.items() if isinstance(cause, Rejected)}
+        others = [key for key in failed if key not in dead]
+        if self._options.restart == "temporary":
+            settlement = Settlement(batch, dead, dropped=others, born=self.born)
+        else:
+            settlement = Settlement(batch, dead, returned=self._own_pace(others), born=self.born)
+        self._settle(settlement)
         if len(failed) < len(batch):
             self._succeeded(key for key in batch.counts if key not in failed)
-        dead, dropped, returned = {}, {}, {}
-        for key, cause in failed.items():
-            if isinstance(cause, Rejected):
-                dead[key] = str(cause)
-            elif self._options.restart == "temporary":
-                dropped[key] = batch.counts[key]
-            else:
-                returned[key] = batch.counts[key]
-        buried = self._make_dead(batch, dead)
-        self._put_back_keys(returned)
-        lost = sum(dropped.values())
-        stored = batch.total - sum(buried.values()) - sum(returned.values()) - lost
-        self._ledger.settle(stored=stored, dropped=lost)
-        if dropped:
-            log.error("dropped %d counts of %d keys (restart='temporary'): %s", lost, len(dropped), error)
-        self._clear()
-        return Settled(frozenset(returned), buried, dropped)
+        return settlement
 
-    def _put_back_keys(self, counts: Mapping[Hashable, int]) -> None:
+    def _own_pace(self, keys: Iterable[Hashable]) -> dict[Hashable, float]:
         """Each failing key has its own pace: it must hold up no other key, and no other key must hurry it."""
-        by_failures: dict[int, dict[Hashable, int]] = {}
-        for key, count in counts.items():
+        pauses: dict[int, float] = {}  # one for all keys that have failed as often
+        delays = {}
+        for key in keys:
             failures = self._key_failures[key] = self._key_failures.get(key, 0) + 1
-            by_failures.setdefault(failures, {})[key] = count
-        for failures, group in by_failures.items():
-            self._ledger.put_back(group, delay=pause_after(failures, self._options), born=self.born)
+            delays[key] = pauses.setdefault(failures, pause_after(failures, self._options))
+        return delays
 
-    def _bury(self, batch: Batch, error: Rejected) -> Settled | None:
+    def _bury(self, batch: Batch, error: Rejected) -> Settlement | None:
         reasons = {key: reason for key, reason in error.reasons.items() if key in batch.counts}
         if not reasons:
             log.error("%r rejected keys that are not in the batch %s: %s", self._sink, batch.id, error)
             self._pause()
             return None
-        buried = self._make_dead(batch, reasons)
-        rest = {key: count for key, count in batch.counts.items() if key not in buried}
-        born = self.born
-        self._clear()
-        if rest:
-            self.load(rest, born)
-        return Settled(dead=buried)
+        rest = [key for key in batch.counts if key not in reasons]
+        return self._settle(Settlement(batch, reasons, rest=rest, born=self.born))
 
-    def _make_dead(self, batch: Batch, reasons: Mapping[Hashable, str]) -> dict[Hashable, int]:
-        buried = {key: batch.counts[key] for key in reasons}
-        with self._ledger.lock:
-            for key, count in buried.items():
-                before = self.dead.get(key)
-                self.dead[key] = DeadLetter(key, count + (before.count if before else 0), reasons[key], batch.id)
-            self._ledger.settle(dead=sum(buried.values()))
-        for key, count in buried.items():
-            self._key_failures.pop(key, None)
-            log.error("dead letter: %d for key %.200r: %s", count, key, reasons[key])
-        return buried
-
-    def _drop(self, batch: Batch) -> Settled:
-        log.error("dropped %d counts of %d keys (restart='temporary'): %s", batch.total, len(batch), self.last_error)
-        self._ledger.settle(dropped=batch.total)
-        self._clear()
-        return Settled(dropped=batch.counts)
-
-    def _put_back(self, batch: Batch) -> Settled:
-        self._ledger.put_back(batch.counts, delay=0.0, born=self.born)
-        self._clear()
+    def _put_back(self, batch: Batch) -> Settlement:
+        settlement = self._settle(Settlement(batch, returned=dict.fromkeys(batch.counts, 0.0), born=self.born))
         self._pause()
-        return Settled(returned=frozenset(batch.counts))
+        return settlement
 
     def _pause(self) -> None:
         self._failures += 1
@@ -266,15 +252,12 @@ class Delivery:
 
     def _succeeded(self, keys: Iterable[Hashable]) -> None:
         self._failures = 0
-        self._ledger.batches += 1
+        self._books.batches += 1
         if self._key_failures:
             for key in keys:
                 self._key_failures.pop(key, None)
 
-    def _clear(self) -> None:
-        self.batch, self.born, self.frozen, self.resume_at = None, math.inf, False, -math.inf
-
     def _note_failure(self, error: BaseException) -> None:
-        self._ledger.failures += 1
+        self._books.failures += 1
         self.last_error = f"{type(error).__name__}: {error}"
         log.warning("delivery of batch %s failed: %s", self.batch.id if self.batch else "?", self.last_error)

@@ -20,8 +20,9 @@ from statbuffer._errors import BufferFull
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
+    from statbuffer._batch import Settlement
     from statbuffer._clock import Clock
-    from statbuffer._delivery import Delivery, Settled
+    from statbuffer._delivery import Delivery
     from statbuffer._options import Options
     from statbuffer._stats import Ledger
     from statbuffer._table import CounterTable
@@ -56,14 +57,10 @@ class Request:
         self.to_take = False
         """The key's count is in the table and has to be taken yet; else it is in flight."""
 
-    def note(self, settled: Settled) -> None:
+    def note(self, settled: Settlement) -> None:
         """Add up what of the wanted counts will never be stored."""
-        if self.key is ALL:
-            self.dead += sum(settled.dead.values())
-            self.dropped += sum(settled.dropped.values())
-        else:
-            self.dead += settled.dead.get(self.key, 0)
-            self.dropped += settled.dropped.get(self.key, 0)
+        self.dead += settled.total(key for key in settled.dead if self.key in (ALL, key))
+        self.dropped += settled.total(key for key in settled.dropped if self.key in (ALL, key))
 
 
 class Flusher:
@@ -196,15 +193,15 @@ class Flusher:
 
     def _take(self, now: float) -> bool:
         with self._ledger.lock:  # a reader of the books finds the counts in the table or in the batch
-            counts, born = self._ledger.take(now, self._options.batch_keys)
-            if counts:
-                self._delivery.load(counts, born)
+            batch, born = self._ledger.take(now, self._options.batch_keys)
+            if batch is not None:
+                self._delivery.load(batch, born)
         space, self.space = self.space, threading.Event()
         space.set()
         for request in self._waiting:
-            if request.key is not ALL and request.key in counts:
+            if batch is not None and request.key is not ALL and request.key in batch.counts:
                 request.to_take = False
-        return bool(counts)
+        return batch is not None
 
     def _until_next(self, now: float) -> float:
         due = self._table.next_due()
@@ -255,7 +252,7 @@ class Flusher:
             self._waiting.append(request)
         self._finish_requests()
 
-    def _note(self, settled: Settled) -> None:
+    def _note(self, settled: Settlement) -> None:
         for request in self._waiting:
             request.note(settled)
             if request.key is not ALL and request.key in settled.returned:

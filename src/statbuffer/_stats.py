@@ -12,9 +12,12 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping
+from statbuffer._batch import Batch, DeadLetter, new_writer_id
 
+if TYPE_CHECKING:
+    from collections.abc import Hashable
+
+    from statbuffer._batch import Settlement
     from statbuffer._table import CounterTable
 
 
@@ -60,16 +63,22 @@ class Stats:
 
 
 class Ledger:
-    """Where the counts are that have left the table."""
+    """Where the counts are that have left the table, and the ids of the batches they travel in."""
+
+    puts_back = True
+    """A batch that is known not to be stored goes back to the table, to merge with what has come in since."""
 
     def __init__(self, table: CounterTable) -> None:
         self._table = table
+        self._writer = new_writer_id()
+        self._seq = 0
         self.lock = threading.RLock()
         self.in_flight = self.stored = self.dead = self.dropped = 0
         self.batches = self.attempts = self.failures = 0
         self.last_flush_seconds: float | None = None
+        self._letters: dict[Hashable, DeadLetter] = {}
 
-    def take(self, now: float, limit: int) -> tuple[dict[Hashable, int], float]:
+    def take(self, now: float, limit: int) -> tuple[Batch | None, float]:
         """Move what is due from the table to flight, `limit` keys at most. Any thread; the caller owns the counts.
 
         In small steps: the table holds the GIL during each.
@@ -84,27 +93,46 @@ class Ledger:
                     self._table.put_back(twice, delay=0.0, born=earlier)  # seen again since the step before
                 counts |= more
             self.in_flight += sum(counts.values())
-        return counts, born
+            return self._batch(counts), born
 
-    def put_back(self, counts: Mapping[Hashable, int], *, delay: float, born: float) -> None:
-        """Move counts from flight to the table, due in `delay` seconds."""
-        with self.lock:
-            self._table.put_back(counts, delay=delay, born=born)
-            self.in_flight -= sum(counts.values())
+    def _batch(self, counts: dict[Hashable, int]) -> Batch | None:
+        if not counts:
+            return None
+        self._seq += 1
+        return Batch(self._writer, self._seq, counts)
 
-    def settle(self, *, stored: int = 0, dead: int = 0, dropped: int = 0) -> None:
-        """Move sums from flight to where they stay."""
+    def settle(self, settlement: Settlement) -> Batch | None:
+        """Move a batch from flight to where its counts belong; return the batch that is to be offered in its place."""
+        counts = settlement.batch.counts
+        by_delay: dict[float, dict[Hashable, int]] = {}
+        for key, delay in settlement.returned.items():
+            by_delay.setdefault(delay, {})[key] = counts[key]
         with self.lock:
-            self.in_flight -= stored + dead + dropped
-            self.stored += stored
-            self.dead += dead
-            self.dropped += dropped
+            for delay, group in by_delay.items():
+                self._table.put_back(group, delay=delay, born=settlement.born)
+            for key, reason in settlement.dead.items():
+                before = self._letters[key].count if key in self._letters else 0
+                self._letters[key] = DeadLetter(key, counts[key] + before, reason, settlement.batch.id)
+            self.in_flight -= settlement.batch.total - settlement.total(settlement.rest)
+            self.stored += settlement.stored
+            self.dead += settlement.total(settlement.dead)
+            self.dropped += settlement.total(settlement.dropped)
+            return self._batch({key: counts[key] for key in settlement.rest})
 
-    def revive(self, counts: Mapping[Hashable, int], born: float) -> None:
-        """Move dead letters to the table, due at once."""
+    def dead_letters(self) -> tuple[DeadLetter, ...]:
+        """Return what will never be stored, one letter a key."""
         with self.lock:
+            return tuple(self._letters.values())
+
+    def revive(self, born: float) -> int:
+        """Move the dead letters to the table, due at once; return their sum."""
+        with self.lock:
+            counts = {letter.key: letter.count for letter in self._letters.values()}
+            self._letters.clear()
             self._table.put_back(counts, delay=0.0, born=born)
-            self.dead -= sum(counts.values())
+            total = sum(counts.values())
+            self.dead -= total
+            return total
 
     def discard(self, limit: int) -> int:
         """Drop all that is pending, `limit` keys at a time; return the sum."""
