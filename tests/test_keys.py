@@ -31,10 +31,18 @@ class Level(IntEnum):
     HIGH = 3
 
 
+class Unnamed(Enum):
+    """What its name leads to is another class."""
+
+    A = 1
+
+
 class Right(Flag):
     READ = 1
     WRITE = 2
 
+
+Hidden, Unnamed = Unnamed, Color  # type: ignore[misc,assignment]
 
 any_text = st.text(st.characters(exclude_categories=()))  # with NUL and lone surrogates
 flat = (
@@ -109,12 +117,18 @@ class Paris(tzinfo):
     def utcoffset(self, moment):
         return ZoneInfo("Europe/Paris").utcoffset(moment)
 
+    def dst(self, moment):
+        return None
+
+    def tzname(self, moment):
+        return None
+
 
 class Name(str):
     __slots__ = ()
 
 
-class Local(tuple):
+class Local(tuple[int, ...]):
     __slots__ = ()
 
 
@@ -130,7 +144,7 @@ class Local(tuple):
         Right.READ | Right.WRITE,
         Name("x"),
         Local((1, 2)),
-        Enum("Unnamed", "A").A,
+        Hidden.A,
         datetime(2026, 10, 25, 2, 30, fold=1, tzinfo=Paris()),
     ],
     ids=repr,

@@ -9,7 +9,7 @@ with StatBuffer("sqlite:///views.db", interval=1.0) as views:
 from typing import TYPE_CHECKING
 
 from statbuffer._batch import Batch, DeadLetter
-from statbuffer._buffer import StatBuffer, StopReport
+from statbuffer._buffer import StatBuffer
 from statbuffer._errors import (
     BufferFull,
     DeliveryError,
@@ -27,6 +27,7 @@ from statbuffer._errors import (
     Undelivered,
 )
 from statbuffer._options import Options
+from statbuffer._report import StopReport
 from statbuffer._stats import Stats
 from statbuffer.sinks import Sink
 

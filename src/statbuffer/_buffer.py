@@ -5,15 +5,23 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from statbuffer import _lifecycle
 from statbuffer._clock import SYSTEM_CLOCK
 from statbuffer._delivery import Delivery
-from statbuffer._errors import BufferFull, FlushFailed, FlushTimeout, NotApplied, NotStarted, Stopped, Undelivered
+from statbuffer._errors import (
+    BufferFull,
+    FlushFailed,
+    FlushTimeout,
+    NotApplied,
+    NotStarted,
+    Stopped,
+    Undelivered,
+)
 from statbuffer._flusher import ALL, Flusher, Request
 from statbuffer._options import Options
+from statbuffer._report import StopReport
 from statbuffer._stats import Ledger, Stats
 from statbuffer._table import CounterTable
 from statbuffer.sinks import Sink, make_sink
@@ -27,44 +35,13 @@ if TYPE_CHECKING:
 
     from statbuffer._batch import Batch, DeadLetter
     from statbuffer._clock import Clock
+    from statbuffer._journal import Journal
+    from statbuffer._journaled import Journaled
 
 log = logging.getLogger("statbuffer")
 
 _SHUTDOWN: Final[Any] = object()
 """Stands for the option `shutdown`, since None means no limit."""
-
-
-@dataclass(frozen=True, slots=True)
-class StopReport:
-    """What `stop()` leaves behind: the counts that are in no store, each listed."""
-
-    pending: Mapping[Hashable, int]
-    """Known not to be stored."""
-    in_flight: Batch | None
-    """Offered to the store, which has not answered: stored or not."""
-    dead: tuple[DeadLetter, ...]
-    last_error: str | None
-
-    @property
-    def left(self) -> int:
-        """The sum of what is in no store as far as is known, dead letters included."""
-        in_flight = self.in_flight.total if self.in_flight else 0
-        return sum(self.pending.values()) + in_flight + sum(letter.count for letter in self.dead)
-
-    @property
-    def complete(self) -> bool:
-        """Whether every accepted count is stored (or was dropped by `restart="temporary"` or `reset()`)."""
-        return not (self.pending or self.in_flight or self.dead)
-
-    def __str__(self) -> str:
-        if self.complete:
-            return "nothing left"
-        parts = [f"{sum(self.pending.values())} pending in {len(self.pending)} keys"]
-        if self.in_flight:
-            parts.append(f"{self.in_flight.total} in flight, stored or not (batch {self.in_flight.id})")
-        if self.dead:
-            parts.append(f"{sum(letter.count for letter in self.dead)} in {len(self.dead)} dead letters")
-        return "; ".join(parts) + (f"; the store last said: {self.last_error}" if self.last_error else "")
 
 
 class StatBuffer:
@@ -98,13 +75,19 @@ class StatBuffer:
         self._state = "new"
         self._state_lock = threading.RLock()
         self._full_request: Request | None = None
+        self._journal: Journal | None = None
+        if self.options.journal is not None:
+            from statbuffer._journaled import open_journal
+
+            self._journal = open_journal(self.sink, self.options, clock.monotonic)
+        self._table_options = self.options.until_journal if self._journal else self.options
         self._table = CounterTable(
-            interval=self.options.interval,
-            jitter=self.options.jitter,
-            tick=self.options.tick,
+            interval=self._table_options.interval,
+            jitter=self._table_options.jitter,
+            tick=self._table_options.tick,
             max_keys=self.options.max_keys,
             clock=clock.monotonic,
-            check_key=getattr(self.sink, "check_key", None),
+            check_key=self._check_key if self._journal else getattr(self.sink, "check_key", None),
             on_full=self._on_full,
             wake=self._wake,
         )
@@ -131,31 +114,48 @@ class StatBuffer:
     def _assemble(self) -> None:
         """Make what a forked child must not share with its parent."""
         self._ledger = Ledger(self._table)
-        self._delivery = Delivery(self.sink, self._ledger, self.options, self._clock)
-        name = f"statbuffer-{type(self).__name__}"
-        self._flusher = Flusher(self._table, self._ledger, self._delivery, self.options, self._clock, name=name)
+        options, clock, name = self._table_options, self._clock, f"statbuffer-{type(self).__name__}"
+        self._delivery = Delivery(self._journal or self.sink, self._ledger, options, clock)
+        self._flusher = Flusher(self._table, self._ledger, self._delivery, options, clock, name=name)
+        self._journaled: Journaled | None = None
+        if self._journal is not None:
+            from statbuffer._journaled import Journaled
+
+            writer = self._ledger.writer
+            self._journaled = Journaled(self._journal, self.sink, self.options, clock, name=name, writer=writer)
+
+    def _check_key(self, key: Hashable) -> None:
+        """Raise `TypeError` for a key that the journal or the sink can't hold."""
+        assert self._journal is not None
+        self._journal.check_key(key)
+        check = getattr(self.sink, "check_key", None)
+        if check is not None:
+            check(key)
 
     # Life
 
     def start(self) -> Self:
         """Make the sink ready and accept increments from now on; returns the buffer. A running buffer stays as it is.
 
-        Raises `SinkError` if the sink can't work as it is configured. A store that only can't be reached now is no
-        error: counts are kept until it can.
+        Raises `SinkError` if the sink, or the journal, can't work as it is configured. A store that only can't be reached
+        now is no error: counts are kept until it can. With a journal, what earlier processes have left in it is delivered.
         """
         with self._state_lock:
             if self._state == "running":
                 return self
-            try:
-                self._delivery.open()
-            except NotApplied as error:
-                log.warning("%r can't be reached yet; counts are kept until it can: %s", self.sink, error)
+            for delivery in (self._delivery, *([self._journaled.relay.delivery] if self._journaled else [])):
+                try:
+                    delivery.open()
+                except NotApplied as error:
+                    log.warning("%r can't be reached yet; counts are kept until it can: %s", delivery.sink, error)
             self._table.open()
             self._state = "running"
             for name in ("increment", "update"):
                 if getattr(type(self), name) is getattr(StatBuffer, name):  # an override must stay in the way
                     self.__dict__[name] = getattr(self._table, name)
             self._flusher.resume()
+            if self._journaled is not None:
+                self._journaled.resume()
             _lifecycle.enter(self)
         return self
 
@@ -163,7 +163,8 @@ class StatBuffer:
         """Refuse increments from now on, deliver what is left, and report what could not be delivered.
 
         Returns after `timeout` seconds at the latest (default: the option `shutdown`; None: as long as it takes), even
-        while the store hangs. What is left stays in the buffer: another `start()` goes on with it.
+        while the store hangs. What is left stays in the buffer: another `start()` goes on with it. With a journal all goes
+        there first; if another process of the host delivers, the rest is left to that one.
         """
         if timeout is _SHUTDOWN:
             timeout = self.options.shutdown
@@ -186,12 +187,21 @@ class StatBuffer:
             request = self._flusher.ask(ALL, last_chance=True)
             self._clock.wait(request.done, timeout)
         self._flusher.halt()
-        left = None if deadline is None else max(0.0, deadline - self._clock.monotonic())
-        close = getattr(self.sink, "close", None)
-        if self._clock.wait(self._flusher.ended, left) and close is not None:
-            close()
+        ended = [self._flusher.ended]
+        closing: list[Any] = [self.sink]
+        if self._journaled is not None:
+            if timeout != 0:
+                self._journaled.drain(_left(deadline, self._clock))
+            self._journaled.halt()
+            ended.append(self._journaled.relay.ended)
+            closing.append(self._journal)
+        if all(self._clock.wait(event, _left(deadline, self._clock)) for event in ended):
+            for each in closing:
+                if hasattr(each, "close"):
+                    each.close()
 
     def _report(self) -> StopReport:
+        journaled = self._journaled.left() if self._journaled else None
         with self._ledger.lock:
             pending: Counter[Hashable] = Counter()
             for key, count in self._table.items():  # a key can be listed twice
@@ -200,7 +210,8 @@ class StatBuffer:
                 pending=dict(pending),
                 in_flight=self._delivery.batch,
                 dead=self.dead_letters(),
-                last_error=self._delivery.last_error,
+                last_error=self._delivery.last_error or (self._journaled.last_error() if self._journaled else None),
+                journaled=journaled,
             )
 
     def __enter__(self) -> Self:
@@ -291,6 +302,18 @@ class StatBuffer:
 
     # Delivering
 
+    def sync(self, timeout: float | None = None) -> None:
+        """Move what is pending to the journal at once; return when all that was accepted until now is there.
+
+        From then on no `kill -9` loses it, and with `fsync=True` (the default) no power cut. It may not be stored yet: that
+        is what `flush` waits for. Raises `FlushTimeout` after `timeout` seconds (None: waits as long as it takes): the counts
+        stay in the buffer. Raises `Stopped` if the buffer is stopped first, `RuntimeError` if it has no journal.
+        """
+        self._require_running()
+        if self._journal is None:
+            raise RuntimeError(f"{self!r} has no journal to sync to: pass journal=DIR, or use flush()")
+        self._settle(ALL, timeout)
+
     def flush(self, key: Any = ALL, *, timeout: float | None = None) -> None:
         """Deliver at once what is pending (for `key`, or for all keys) and return when it is stored.
 
@@ -298,6 +321,15 @@ class StatBuffer:
         Raises `FlushFailed` if some of them became dead letters or were dropped, `Stopped` if the buffer is stopped first.
         """
         self._require_running()
+        deadline = None if timeout is None else self._clock.monotonic() + timeout
+        self._settle(key, timeout)
+        if self._journaled is not None:
+            from statbuffer._journaled import text_of
+
+            self._journaled.flush(None if key is ALL else text_of(key), _left(deadline, self._clock))
+
+    def _settle(self, key: Any, timeout: float | None) -> None:
+        """Have what is pending taken out of the table and delivered, to the store or to the journal, and wait for it."""
         self._refuse_in_flusher("flush")
         self._flusher.apply_inbox()
         request = self._flusher.ask(key)
@@ -313,25 +345,36 @@ class StatBuffer:
     def async_flush(self, key: Any = ALL) -> None:
         """Have what is pending (for `key`, or for all keys) delivered at once, without waiting for it."""
         self._require_running()
-        self._flusher.ask(key)
+        if self._journal is None or self._journaled is None:
+            self._flusher.ask(key)
+        else:
+            self._journal.flush_next = bool(len(self._table) or self._delivery.batch)
+            self._flusher.ask(key)
+            self._journaled.relay.ask_flush()
 
     def _refuse_in_flusher(self, method: str) -> None:
-        if self._flusher.is_current_thread():
+        if self._flusher.is_current_thread() or (self._journaled and self._journaled.relay.is_current_thread()):
             raise RuntimeError(f"{method}() in the flusher's own thread would wait for itself; use async_flush() there")
 
     def dead_letters(self) -> tuple[DeadLetter, ...]:
-        """Return the counts that the store rejected for good, one letter a key."""
+        """Return the counts that the store rejected for good, one letter a key; with a journal, those of the whole host."""
+        if self._journal is not None:
+            return self._journal.dead_letters()
         return self._ledger.dead_letters()
 
     def retry_dead_letters(self) -> int:
         """Put all dead letters back to be delivered again, once the reason is mended; return the sum of their counts."""
         self._require_running()
+        if self._journaled is not None and self._journal is not None:
+            total = self._journal.revive()
+            self._journaled.relay.wake()
+            return total
         return self._ledger.revive(self._clock.monotonic())
 
     def reset(self) -> int:
         """Discard what is pending and return its sum, which `stats()` shows as dropped. Meant for tests.
 
-        A batch that is in flight is delivered all the same; dead letters stay.
+        A batch that is in flight is delivered all the same, and so is what is in the journal; dead letters stay.
         """
         self._flusher.apply_inbox()
         return self._ledger.discard(self.options.batch_keys)
@@ -343,7 +386,9 @@ class StatBuffer:
         return self._table.count(key)
 
     def total(self, key: Hashable) -> int:
-        """Return what is stored, in flight and pending for `key`. Reads the store: raises what that raises.
+        """Return what is stored, in flight and pending for `key`, and what is in the journal, of all processes of the host.
+
+        Reads the store: raises what that raises.
 
         Waits for an attempt that is under way, so that no batch is seen twice or missed. `TypeError` if the sink can't
         read (a callback can't).
@@ -360,7 +405,10 @@ class StatBuffer:
             with self._ledger.lock:
                 batch = self._delivery.batch
                 unstored = {key: self._table.count(key) for key in wanted}
-            applied, stored = self._read_settled(batch, lambda: read(wanted))
+            if self._journaled is not None:
+                applied, stored = batch is not None and self._journaled.has(batch), self._journaled.totals(wanted, read)
+            else:
+                applied, stored = self._read_settled(batch, lambda: read(wanted))
         if batch is not None and not applied:
             for key in unstored:
                 unstored[key] += batch.counts.get(key, 0)
@@ -383,7 +431,7 @@ class StatBuffer:
         with self._ledger.lock:
             accepted, pending = self._table.totals()
             oldest = min(self._table.oldest(), self._delivery.born)
-            return Stats(
+            stats = Stats(
                 accepted=accepted,
                 stored=self._ledger.stored,
                 pending=pending,
@@ -401,18 +449,31 @@ class StatBuffer:
                 last_flush_seconds=self._ledger.last_flush_seconds,
                 table_kind=self._table.kind,
             )
+            return self._journaled.complete(stats, self._delivery.batch) if self._journaled else stats
 
     def __repr__(self) -> str:
         keys = len(self._table)
         state = self._state if self._state != "running" or not self._delivery.failing else "failing"
         return f"<{type(self).__name__} {state}: {keys} keys pending, to {self.sink!r}>"
 
+    def _before_fork(self) -> None:
+        if self._journal is not None:
+            self._journal.before_fork()
+
+    def _after_fork_in_parent(self) -> None:
+        if self._journal is not None:
+            self._journal.after_fork_in_parent()
+
     def _after_fork(self) -> None:
         """Start anew in a forked child. The only thread of the child calls this, before anything else."""
         self._table.forget()
         self._state_lock = threading.RLock()
         self._full_request = None
-        after_fork = getattr(self.sink, "after_fork", None)
-        if after_fork is not None:
+        afters = [getattr(each, "after_fork", None) for each in (self.sink, self._journal)]
+        for after_fork in filter(None, afters):
             after_fork()
         self._assemble()
+
+
+def _left(deadline: float | None, clock: Clock) -> float | None:
+    return None if deadline is None else max(0.0, deadline - clock.monotonic())

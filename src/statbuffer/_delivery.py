@@ -86,7 +86,7 @@ class Delivery:
     """At most one batch in flight, and the memory of what failed."""
 
     def __init__(self, sink: Sink, books: Books, options: Options, clock: Clock) -> None:
-        self._sink = sink
+        self.sink = sink
         self._books = books
         self._options = options
         self._clock = clock
@@ -113,7 +113,7 @@ class Delivery:
 
     def open(self) -> None:
         """Make the sink ready, where it wants that. Raises what the sink raises; called again until it succeeds."""
-        opener = getattr(self._sink, "open", None)
+        opener = getattr(self.sink, "open", None)
         if opener is not None and not self._opened:
             opener()
         self._opened = True
@@ -128,6 +128,10 @@ class Delivery:
         Unless `at_once`: the buffer stops, and there may be no other chance.
         """
         self.resume_at = min(self.resume_at, -math.inf if at_once else self._last_attempt + self._options.backoff)
+
+    def forget(self) -> None:
+        """Let go of the batch: somebody else has had charge of it since, or its books are gone."""
+        self.batch, self.born, self.frozen, self._unwritten = None, math.inf, False, None
 
     def forget_failures(self) -> None:
         """Nothing is pending, so no key can be failing: some came to zero or were discarded before they succeeded."""
@@ -151,7 +155,7 @@ class Delivery:
         self._books.attempts += 1
         try:
             self._open_before_attempt()
-            self._sink.apply(batch)
+            self.sink.apply(batch)
         except BaseException as error:  # noqa: BLE001  # also a handler's sys.exit(): it must not end the flusher
             return error
         self._books.last_flush_seconds = self._clock.monotonic() - started
@@ -229,7 +233,7 @@ class Delivery:
     def _bury(self, batch: Batch, error: Rejected) -> Settlement | None:
         reasons = {key: reason for key, reason in error.reasons.items() if key in batch.counts}
         if not reasons:
-            log.error("%r rejected keys that are not in the batch %s: %s", self._sink, batch.id, error)
+            log.error("%r rejected keys that are not in the batch %s: %s", self.sink, batch.id, error)
             self._pause()
             return None
         rest = [key for key in batch.counts if key not in reasons]

@@ -5,7 +5,7 @@ their end, and before it refuses new threads. Children made by `multiprocessing`
 functions, but they do run `multiprocessing.util.Finalize` callbacks.
 
 Fork: the child has the parent's memory but none of its threads. The parent still owns the counts, so the child drops
-them, and starts anew with a writer id of its own.
+them, and starts anew with a writer id of its own. The journal's connections are closed for the moment of the fork.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ log = logging.getLogger("statbuffer")
 
 _running: weakref.WeakSet[StatBuffer] = weakref.WeakSet()
 _finalized_pid: int | None = None
+_forking: list[StatBuffer] = []
 
 
 def enter(buffer: StatBuffer) -> None:
@@ -54,11 +55,24 @@ def _stop_all() -> None:
             log.error("%r: the process ends with counts that are not stored: %s", buffer, report)
 
 
+def _before_fork() -> None:
+    _forking[:] = _running
+    for buffer in _forking:
+        buffer._before_fork()  # noqa: SLF001  # no business of a user
+
+
+def _after_fork_in_parent() -> None:
+    for buffer in _forking:
+        buffer._after_fork_in_parent()  # noqa: SLF001  # no business of a user
+    _forking.clear()
+
+
 def _renew_all() -> None:
+    _forking.clear()
     for buffer in list(_running):
         buffer._after_fork()  # noqa: SLF001  # no business of a user
 
 
 atexit.register(_stop_all)
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_all)
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_renew_all)

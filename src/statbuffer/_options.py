@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import random
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
 Restart = Literal["transient", "temporary", "permanent"]
 OnFull = Literal["raise", "block", "fold"]
 
-_SECONDS = ("interval", "jitter", "timeout", "backoff")
+_SECONDS = ("interval", "jitter", "timeout", "backoff", "sync_interval")
 _SECONDS_OR_NONE = ("shutdown", "full_timeout")
-_WHOLE = ("max_attempts", "batch_keys", "workers", "max_keys")
+_WHOLE = {"max_attempts": 1, "batch_keys": 1, "workers": 1, "max_keys": 1, "journal_bytes_max": 2**20}
 _CHOICES = {"restart": ("transient", "temporary", "permanent"), "on_full": ("raise", "block", "fold")}
 
 _TICKS_PER_INTERVAL = 50
@@ -73,16 +74,29 @@ class Options:
     overflow_key: Hashable = "__overflow__"
     """With on_full="fold": the key that takes the counts of the keys that found no room. Your sink must hold it."""
 
+    journal: str | os.PathLike[str] | None = None
+    """A directory on a local disk where counts wait for the store, for all processes of this host that name it. With it,
+    `kill -9` loses at most the last `sync_interval`, and the host makes one write a key and interval. None: no journal."""
+
+    sync_interval: float = 0.1
+    """With a journal: seconds from a key's first increment until it is moved there. `interval` counts from then on."""
+
+    fsync: bool = True
+    """With a journal: whether each move waits for the disk. False: a power cut may lose the last moves; `kill -9` does not."""
+
+    journal_bytes_max: int = 2**30
+    """With a journal: the most it may hold. At the bound counts stay in memory, up to `max_keys`."""
+
     def __post_init__(self) -> None:
         for name in _SECONDS:
             object.__setattr__(self, name, _seconds(name, getattr(self, name)))
         for name in _SECONDS_OR_NONE:
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _seconds(name, getattr(self, name), or_none=True))
-        for name in _WHOLE:
+        for name, least in _WHOLE.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise OptionError(name, value, "a whole number of at least 1")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise OptionError(name, value, f"a whole number of at least {least}")
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise OptionError(name, getattr(self, name), " or ".join(map(repr, choices)))
@@ -90,6 +104,7 @@ class Options:
             hash(self.overflow_key)
         except TypeError:
             raise OptionError("overflow_key", self.overflow_key, "a hashable key") from None
+        _require_journal(self.journal, self.fsync)
 
     def replace(self, **changes: Any) -> Options:
         """Return a copy with these options changed. An unknown name raises `OptionError`, with the nearest known one."""
@@ -102,6 +117,12 @@ class Options:
         return dataclasses.replace(self, **changes)
 
     @property
+    def until_journal(self) -> Options:
+        """What holds between a buffer and its journal: a disk that fails never drops, and is tried again soon."""
+        backoff = min(self.backoff, 1.0)
+        return dataclasses.replace(self, interval=self.sync_interval, jitter=0.0, restart="transient", backoff=backoff)
+
+    @property
     def tick(self) -> float:
         """Seconds of one step of the schedule: interval/50, between 1 ms and 100 ms. Keys are late by one at most."""
         return min(max(self.interval / _TICKS_PER_INTERVAL, _TICK_MIN), _TICK_MAX)
@@ -109,6 +130,13 @@ class Options:
     def next_interval(self) -> float:
         """Draw what a new key would wait: `interval` plus a uniform part of `jitter`, in seconds."""
         return self.interval + random.random() * self.jitter  # noqa: S311  # spreads writes, guards no secret
+
+
+def _require_journal(journal: object, fsync: object) -> None:
+    if journal is not None and not (isinstance(journal, (str, os.PathLike)) and str(journal)):
+        raise OptionError("journal", journal, "the path of a directory, or None for no journal")
+    if not isinstance(fsync, bool):
+        raise OptionError("fsync", fsync, "True or False")
 
 
 def _seconds(name: str, value: object, *, or_none: bool = False) -> float:

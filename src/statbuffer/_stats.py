@@ -27,7 +27,12 @@ TAKE_KEYS: Final = 2_500
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """One instant of a buffer. The first seven are sums of counts, and the first is always the sum of the other six."""
+    """One instant of a buffer. The first seven are sums of counts, and the first is always the sum of the other six.
+
+    With a journal the sums are still those of this buffer alone: `journaled` is what it has moved there and is not settled,
+    `stored` what the host's relay has stored of it, `dropped` also what was lost to a damaged file. `batches`, `attempts`,
+    `failures` and `last_flush_seconds` tell of the deliveries to the store that this process has made.
+    """
 
     accepted: int
     stored: int
@@ -70,7 +75,7 @@ class Ledger:
 
     def __init__(self, table: CounterTable) -> None:
         self._table = table
-        self._writer = new_writer_id()
+        self.writer = new_writer_id()
         self._seq = 0
         self.lock = threading.RLock()
         self.in_flight = self.stored = self.dead = self.dropped = 0
@@ -99,7 +104,7 @@ class Ledger:
         if not counts:
             return None
         self._seq += 1
-        return Batch(self._writer, self._seq, counts)
+        return Batch(self.writer, self._seq, counts)
 
     def settle(self, settlement: Settlement) -> Batch | None:
         """Move a batch from flight to where its counts belong; return the batch that is to be offered in its place."""

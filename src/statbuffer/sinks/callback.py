@@ -30,6 +30,7 @@ class CallbackSink:
     def __init__(self, handle: Callable[[Any, int], object], *, workers: int = 8) -> None:
         self._handle = handle
         self._workers = workers
+        self.target = _name_of(handle)
 
     def apply(self, batch: Batch) -> None:
         """Call the callback for every key; raises `PartlyApplied` with the keys whose calls failed."""
@@ -80,6 +81,7 @@ class BatchCallbackSink:
 
     def __init__(self, handle: Callable[[Batch], object]) -> None:
         self._handle = handle
+        self.target = _name_of(handle)
 
     def apply(self, batch: Batch) -> None:
         """Call the callback; an exception of it, or `False`, leaves the batch in flight."""
@@ -88,3 +90,10 @@ class BatchCallbackSink:
 
     def __repr__(self) -> str:
         return f"<BatchCallbackSink {getattr(self._handle, '__qualname__', self._handle)}>"
+
+
+def _name_of(handle: Callable[..., object]) -> str:
+    """Return what a journal's counts are for, when this function gets them."""
+    kind = type(getattr(handle, "__self__", handle))  # a bound method's class: a subclass inherits its handler's name
+    name = kind.__qualname__ if hasattr(handle, "__self__") else getattr(handle, "__qualname__", kind.__qualname__)
+    return f"function {name}"

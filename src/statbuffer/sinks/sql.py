@@ -105,6 +105,11 @@ class SQLSink:
     def __repr__(self) -> str:
         return f"<SQLSink {self._engine.url.render_as_string(hide_password=True)} table {self._schema.name!r}>"
 
+    @property
+    def target(self) -> str:
+        """The table and its columns: what a journal's counts are for."""
+        return f"table {self._schema.name} ({', '.join(self._key_names)}: {self._schema.count.name})"
+
     # Life
 
     def open(self) -> None:
