@@ -436,7 +436,7 @@ def test_async_increments_are_bounded(clock):
     clock.advance(300.0)
     for _ in range(3):
         clock.advance(300.0)
-    views._flusher._delivery._sink._script = iter(())
+    views.sink._script = iter(())
     assert views.stop(None).complete
     assert views.stats().accepted == 6
 

@@ -270,5 +270,7 @@ class Relay:
                 return False
             self._journal.directory.relay_lock.release()
             self._thread = None
+            if self._halted:  # whoever has stopped the buffer may not have had the time to wait for this
+                self._journal.close()
             self.ended.set()
-            return True
+        return True

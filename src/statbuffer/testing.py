@@ -154,6 +154,7 @@ class MemorySink:
     """An exact sink that keeps its counts in a dict: the store of your tests."""
 
     exact = True
+    target = "memory"
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -48,7 +48,7 @@ from statbuffer._keys import UnknownText, decode, encode
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Callable, Collection, Hashable, Iterable
+    from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 
     from statbuffer._batch import Batch
 
@@ -96,6 +96,7 @@ class Journal:
         self._relay_file = JournalFile(self.directory, target=target, durable=True)
         self._files = (self._mover, self._reader, self._relay_file)
         self._host = socket.gethostname()
+        self._closed = True
         self.on_move: Callable[[], None] = lambda: None
         """Called by the flusher's thread when it has moved a batch here."""
         self.flush_next = False
@@ -108,16 +109,21 @@ class Journal:
 
     def open(self) -> None:
         """Make the journal ready. Raises `SinkError` (it can't work as it is), `NotApplied` (not just now)."""
+        self._closed = False
         entering = not self.directory.users_lock.held
         self.directory.prepare()
         if entering:
             with self.directory.alone() as alone:
                 if alone:
                     inspect_wal(self.directory)
-        with self._reader.snapshot() as connection:
+        with self._reading() as connection:
             row = connection.execute("SELECT target FROM meta").fetchone()
         if row is not None and row[0] != self.target:
-            self._change_target(row[0])
+            try:
+                self._change_target(row[0])
+            except SinkError:
+                self.close()  # it is not ours
+                raise
 
     def _change_target(self, found: str) -> None:
         """An empty journal that nobody else has open may serve another target from now on."""
@@ -167,11 +173,18 @@ class Journal:
                 "has been down for long, or the bound is small; counts wait in memory meanwhile"
             )
 
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._reader.snapshot() as connection:
+            yield connection
+        if self._closed:  # a look at what a stopped buffer has left keeps nothing open
+            self._reader.close()
+
     # What becomes of what was moved
 
     def account(self, writer: str) -> Account | None:
         """Return the books of one buffer; None if nothing of it is known (any more: it had been settled for a day)."""
-        with self._reader.snapshot() as connection:
+        with self._reading() as connection:
             row = read_writer(connection, writer)
             mine = "FROM moves WHERE writer = ?"
             totals, oldest = connection.execute(
@@ -201,7 +214,7 @@ class Journal:
 
     def flush_wish(self) -> int:
         """Return the latest id that a flush was asked for."""
-        with self._reader.snapshot() as connection:
+        with self._reading() as connection:
             return int(connection.execute("SELECT flush_to FROM pulse").fetchone()[0])
 
     def has_moves(self, writer: str | None, upto: int, key: str | None = None) -> bool:
@@ -214,12 +227,12 @@ class Journal:
         if key is not None:
             sql += " AND json_type(counts, '$.\"' || ? || '\"') IS NOT NULL"
             values += (key,)
-        with self._reader.snapshot() as connection:
+        with self._reading() as connection:
             return connection.execute(sql + " LIMIT 1", values).fetchone() is not None
 
     def is_empty(self) -> bool:
         """Return whether nothing waits to be delivered."""
-        with self._reader.snapshot() as connection:
+        with self._reading() as connection:
             return connection.execute("SELECT 1 FROM moves LIMIT 1").fetchone() is None
 
     def unsettled(self, keys: Iterable[Hashable]) -> tuple[int, dict[Hashable, int], tuple[str, int] | None]:
@@ -230,7 +243,7 @@ class Journal:
         """
         counts: dict[Hashable, int] = defaultdict(int)
         texts = dump_texts(encode(key) for key in keys)
-        with self._reader.snapshot() as connection:
+        with self._reading() as connection:
             settled = connection.execute("SELECT settled FROM pulse").fetchone()[0]
             offered = connection.execute("SELECT writer, seq FROM offer").fetchone()
             (found,) = connection.execute(
@@ -248,7 +261,7 @@ class Journal:
     def on_offer(self, keys: Iterable[Hashable]) -> dict[Hashable, int]:
         """Return the counts of `keys` in the batch that is, or was, being offered to the store."""
         texts = dump_texts(encode(key) for key in keys)
-        with self._reader.snapshot() as connection:
+        with self._reading() as connection:
             (found,) = connection.execute(
                 "SELECT json_group_array(json_array(each.key, each.value)) FROM sealed JOIN offer ON sealed.id = offer.sealed, "
                 "json_each(counts) each WHERE each.key IN (SELECT value FROM json_each(?))",
@@ -259,7 +272,7 @@ class Journal:
     def pulse(self) -> dict[str, Any]:
         """Return how the relay is, as it last said."""
         names = ("settled", "failing", "last_error", "pid", "host", "at")
-        with self._reader.snapshot() as connection:
+        with self._reading() as connection:
             row = connection.execute(f"SELECT {', '.join(names)} FROM pulse").fetchone()
         return dict(zip(names, row, strict=True))
 
@@ -267,7 +280,7 @@ class Journal:
 
     def dead_letters(self) -> tuple[DeadLetter, ...]:
         """Return what the store rejected for good, of all buffers of the host, one letter a key."""
-        with self._reader.snapshot() as connection:
+        with self._reading() as connection:
             rows = connection.execute("SELECT key, count, reason, batch FROM dead ORDER BY id").fetchall()
         letters: dict[Hashable, DeadLetter] = {}
         for text, count, reason, batch in rows:
@@ -306,7 +319,8 @@ class Journal:
         self.directory.forget()
 
     def close(self) -> None:
-        """Close the connections. What is in the journal stays."""
+        """Close the connections. What is in the journal stays, and can still be asked for."""
+        self._closed = True
         for file in self._files:
             file.close()
         with contextlib.suppress(OSError):

@@ -68,56 +68,48 @@ _MAGIC: Final = 0x377F0682  # the lowest bit says whether checksums are big-endi
 def inspect_wal(directory: Directory) -> None:
     """Say so, and keep a copy, if the write-ahead log is cut short by damage. Nobody else has the journal open.
 
-    A process that was killed, or a power cut, leaves at most a last write that was never promised; a frame that is damaged
-    hides all that was committed after it. From outside the two look alike, so both are told.
+    A frame that is damaged hides all that was committed after it. What a killed process had not finished writing is no
+    damage and not told: it ends in no commit. A power cut can leave a commit whose other frames never reached the disk;
+    that is told, although it was never promised: from outside the two look alike.
     """
     wal = directory.live / f"{directory.file.name}-wal"
     with contextlib.suppress(FileNotFoundError):
-        if wal.stat().st_size > _HEADER.size and (unreadable := _unreadable_frames(wal)):
+        if wal.stat().st_size > _HEADER.size and (hidden := _hidden_commits(wal)):
             log.error(
-                "journal %s: %d pages at the end of its write-ahead log can't be read: a write that was under way when the "
-                "machine stopped, or damage, and then counts are missing; a copy is kept as %s",
+                "journal %s: %d transactions at the end of its write-ahead log can't be read. Unless the machine lost power, "
+                "that is damage, and counts are missing; a copy is kept as %s",
                 directory,
-                unreadable,
-                directory.copy_aside(),
+                hidden,
+                directory.keep_copy(),
             )
 
 
-def _unreadable_frames(wal: Path) -> int:
-    """Count the frames of the log's present round after the last one that is sound.
+def _hidden_commits(wal: Path) -> int:
+    """Count the commits of the log's present round after its first frame that is not sound.
 
     Format: https://www.sqlite.org/fileformat2.html#walformat
     """
     data = wal.read_bytes()
     magic, _, page, _, *salts, sum1, sum2 = _HEADER.unpack_from(data)
     order = ">" if magic & 1 else "<"
-    frame = _FRAME.size + page
-    if magic & ~1 != _MAGIC or _checksum(data[:24], order, (0, 0)) != (sum1, sum2) or page not in _PAGE_SIZES:
-        return max(1, (len(data) - _HEADER.size) // 4096)
-    sums, unreadable = (sum1, sum2), 0
-    for at in range(_HEADER.size, len(data), frame):
-        header = data[at : at + _FRAME.size]
-        if len(header) < _FRAME.size:
-            break
-        _, _, *own_salts, own1, own2 = _FRAME.unpack(header)
-        if own_salts != salts and not unreadable:
-            # the first frame of an earlier round ends this one, unless it is one of this round whose salt was damaged
-            unreadable += _of_this_round(data[at + frame :], frame, salts)
-            break
-        content = data[at + _FRAME.size : at + frame]
-        sums = _checksum(header[:8] + content, order, sums)
-        if sums != (own1, own2) or len(content) < page:
-            unreadable += 1 + _of_this_round(data[at + frame :], frame, salts)
-            break
-    return unreadable
+    sound = magic & ~1 == _MAGIC and page in _PAGE_SIZES and _checksum(data[:24], order, (0, 0)) == (sum1, sum2)
+    if not sound:
+        return 1
+    sums, hidden = (sum1, sum2), 0
+    for at in range(_HEADER.size, len(data) - _FRAME.size, _FRAME.size + page):
+        _, commit, *own_salts, own1, own2 = _FRAME.unpack_from(data, at)
+        content = data[at + _FRAME.size : at + _FRAME.size + page]
+        if sound:
+            sums = _checksum(data[at : at + 8] + content, order, sums)
+            sound = (sums, own_salts) == ((own1, own2), salts) and len(content) == page
+        if (
+            not sound and commit and (own_salts[0] == salts[0] or own_salts[1] == salts[1])
+        ):  # an earlier round shares none
+            hidden += 1
+    return hidden
 
 
 _PAGE_SIZES: Final = {2**power for power in range(9, 17)}
-
-
-def _of_this_round(data: bytes, frame: int, salts: list[int]) -> int:
-    headers = (data[at : at + _FRAME.size] for at in range(0, len(data), frame))
-    return sum(list(_FRAME.unpack(header)[2:4]) == salts for header in headers if len(header) == _FRAME.size)
 
 
 def _checksum(data: bytes, order: str, sums: tuple[int, int]) -> tuple[int, int]:

@@ -5,6 +5,7 @@
     users.lock             held, shared, by every process that has the journal open
     suspect                somebody met damage: whoever delivers is to check the file
     damaged-*              a file that was set aside, and `salvaged` in it once all that can be read is in the live one
+    kept-*                 a copy of a file whose write-ahead log was cut short
 
 The locks are flock's: the kernel frees them when their holder dies, whatever it dies of, and each open of the file has its
 own, so two buffers of one process exclude each other as two processes do. A forked child shares its parent's: it must close
@@ -138,20 +139,17 @@ class Directory:
 
     def set_aside(self) -> Path:
         """Move the live file out of the way, with all that belongs to it, in one step. The relay's lock is held."""
-        aside = self._unused()
-        self.live.rename(aside)
-        return aside
+        return self.live.rename(self._unused("damaged"))
 
-    def copy_aside(self) -> Path:
-        """Keep a copy of the live file that nothing will be read from."""
-        aside = self._unused()
-        shutil.copytree(self.live, aside)
-        (aside / "salvaged").touch()
-        return aside
+    def keep_copy(self) -> Path:
+        """Keep a copy of the live file, for whoever wants to look into it."""
+        copy = self._unused("kept")
+        shutil.copytree(self.live, copy)
+        return copy
 
-    def _unused(self) -> Path:
+    def _unused(self, prefix: str) -> Path:
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        names = (self.path / f"damaged-{stamp}{f'-{n}' if n else ''}" for n in range(10_000))
+        names = (self.path / f"{prefix}-{stamp}{f'-{n}' if n else ''}" for n in range(10_000))
         return next(path for path in names if not path.exists())
 
     def to_salvage(self) -> list[Path]:

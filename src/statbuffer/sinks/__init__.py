@@ -8,9 +8,12 @@ has them:
 | `open()` | by `start()`, before anything is accepted, and again before a try while it has not succeeded | `SinkError` when the configuration is wrong (start fails with it); `NotApplied` when the store can't be reached just now (start goes on, the try is repeated) |
 | `check_key(key)` | by the caller of `increment`, once for each key that is new to the table | `TypeError`: the key can't be stored; the increment is not accepted |
 | `totals(keys)` | by `total()` in the caller's thread; returns a mapping, keys without a row left out | anything; it reaches the caller |
-| `applied(batch)` | by `total()`: is this batch, whose outcome is unknown, stored? | anything |
+| `applied(batch)` | by `total()`: is this batch, whose outcome is unknown, stored? And once by the process that delivers from a journal, before its first batch | anything |
 | `after_fork()` | in the child, before its first use of the sink: drop inherited connections without closing them | nothing |
 | `close()` | by `stop()`, in its thread, after the last batch | nothing |
+
+A string `target` says what the counts are for (a table and its columns); a journal serves one. Without it, the class's name
+does.
 """
 
 from __future__ import annotations
