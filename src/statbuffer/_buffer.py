@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import Counter
@@ -16,6 +17,7 @@ from statbuffer._errors import (
     FlushTimeout,
     NotApplied,
     NotStarted,
+    StatBufferError,
     Stopped,
     Undelivered,
 )
@@ -202,6 +204,9 @@ class StatBuffer:
 
     def _report(self) -> StopReport:
         journaled = self._journaled.left() if self._journaled else None
+        dead: tuple[DeadLetter, ...] = ()
+        with contextlib.suppress(StatBufferError):  # a journal that can't be read keeps them all the same
+            dead = self.dead_letters()
         with self._ledger.lock:
             pending: Counter[Hashable] = Counter()
             for key, count in self._table.items():  # a key can be listed twice
@@ -209,7 +214,7 @@ class StatBuffer:
             return StopReport(
                 pending=dict(pending),
                 in_flight=self._delivery.batch,
-                dead=self.dead_letters(),
+                dead=dead,
                 last_error=self._delivery.last_error or (self._journaled.last_error() if self._journaled else None),
                 journaled=journaled,
             )

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from statbuffer._batch import Batch
-from statbuffer._errors import FlushFailed, FlushTimeout, NotApplied, Stopped
+from statbuffer._errors import FlushFailed, FlushTimeout, NotApplied, StatBufferError, Stopped
 from statbuffer._journal import Journal
 from statbuffer._keys import encode
 from statbuffer._relay import LOOK, Relay
@@ -135,13 +135,13 @@ class Journaled:
     def _pulse(self) -> dict[str, Any]:
         try:
             return self._journal.pulse()
-        except NotApplied:
+        except StatBufferError:
             return {}
 
     def _read_account(self) -> Account | None:
         try:
             self._account = self._journal.account(self._writer)
-        except NotApplied as error:  # the latest one known is the best there is
+        except StatBufferError as error:  # the latest one known is the best there is
             log.debug("%r can't be read: %s", self._journal, error)
         return self._account
 

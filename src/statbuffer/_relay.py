@@ -36,32 +36,21 @@ STANDBY: Final = 0.5
 _END: Final = -1.0
 
 
-class _FirstOffer:
-    """The sink, and one question before the first batch that was sealed here: an id that is new can't be stored already.
-
-    If the store says it is, this journal is an old state of one that went on delivering (a snapshot, a backup in place).
-    """
+class _Checked:
+    """The sink, which is asked whether it has a batch already before it is offered for the first time."""
 
     def __init__(self, sink: Sink, seals: Seals) -> None:
         self._sink = sink
         self._seals = seals
-        self._asked = not hasattr(sink, "applied")
         self.exact = sink.exact
         self.renewed = False
-        opener = getattr(sink, "open", None)
-        if opener is not None:
-            self.open = opener
+        if hasattr(sink, "open"):
+            self.open = sink.open
 
     def apply(self, batch: Batch) -> None:
-        if not self._asked and self._seals.fresh:
-            if self._sink.applied(batch):  # type: ignore[attr-defined]
-                self._seals.renew()
-                self.renewed = True
-                raise NotApplied(
-                    f"the store has a batch {batch.id} already, which was never offered: the journal is an old copy; it goes "
-                    "on under a new id. What the original delivered after the copy was made may be counted twice"
-                )
-            self._asked = True
+        if self._seals.must_renew(batch):
+            self.renewed = True
+            raise NotApplied(f"the journal is a copy: what batch {batch.id} was to hold goes on under another id")
         self._sink.apply(batch)
 
     def __repr__(self) -> str:
@@ -79,8 +68,8 @@ class Relay:
         self._clock = clock
         self._name = name
         self._stays = stays
-        self.seals = Seals(journal, options, clock.monotonic)
-        self._sink = _FirstOffer(sink, self.seals)
+        self.seals = Seals(journal, options, clock.monotonic, getattr(sink, "applied", None))
+        self._sink = _Checked(sink, self.seals)
         self.delivery = Delivery(self._sink, self.seals, options, clock)
         self._lock = threading.RLock()
         self._alarm = clock.alarm()
@@ -187,7 +176,8 @@ class Relay:
                 return self._until_next(now)
             settled = self.delivery.attempt()
             if self._sink.renewed:
-                self._sink.renewed, self.delivery.batch = False, None
+                self._sink.renewed = False
+                self.delivery.forget()
             self._tell()
             if settled is not None:
                 progress, self.progress = self.progress, threading.Event()

@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from statbuffer import SQLSink, StatBuffer
-from statbuffer._journal import _file, _salvage
+from statbuffer._journal import _file
 
 KEYS = 12
 THREADS = 3
@@ -94,7 +95,7 @@ class Steps:
             connection.create_function("row_crc", -1, _file.row_crc, deterministic=True)
             return connection
 
-        _file.connect = _salvage.connect = connect  # type: ignore[assignment]
+        _file.connect = connect  # type: ignore[assignment]
         engine = sink.engine
 
         def name_of(sql: str) -> str:
@@ -173,7 +174,7 @@ def in_child(work: Any, *args: Any) -> int:
             code = 0
         except BaseException:
             logging.disable(logging.NOTSET)
-            logging.exception("a child failed")
+            traceback.print_exc()
         finally:
             os._exit(code)
     return pid

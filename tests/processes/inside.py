@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from statbuffer import Batch
 
-PATIENCE = 50.0
+PATIENCE = 40
 """Seconds after which a process that still runs shows where all its threads are, and ends."""
 
 FOLDER = os.environ["GROUND"]
@@ -94,8 +95,11 @@ def _append(name: str, text: str) -> None:
 
 
 def _watch() -> None:
-    faulthandler.dump_traceback_later(PATIENCE, exit=True)
+    """`faulthandler.dump_traceback_later` has a thread, and waits for it: not for processes that fork."""
+    signal.alarm(PATIENCE)
 
 
+signal.signal(signal.SIGALRM, signal.SIG_DFL)
+faulthandler.register(signal.SIGALRM, all_threads=True, chain=True)
 _watch()
 os.register_at_fork(after_in_child=_watch)

@@ -16,7 +16,9 @@ contents. That holds with `fsync=False` too, which leaves only the moves unsynce
 are settled: they tell whose the counts were, for `stats()`, dead letters and what a callback failed to store.
 
 Copies: the file knows its inode. One that was copied or restored has another, and gets a new id, so that its batches are not
-taken for repeats. What the original has delivered since the copy was made is delivered twice: nothing local can know that.
+taken for repeats. Before a process offers its first own batch it also asks the store whether that id is taken: if so, the file
+is an old state of one that went on, and what it held is left out (`Seals.must_renew`). Two copies that are used at the same time
+deliver what both of them hold twice: nothing local can know that.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from statbuffer._batch import DeadLetter
 from statbuffer._errors import NotApplied, SinkError
 from statbuffer._journal._check import inspect_wal
 from statbuffer._journal._directory import Directory
-from statbuffer._journal._file import JournalFile
+from statbuffer._journal._file import CHECKED, JournalFile
 from statbuffer._journal._rows import (
     add_up,
     dump_texts,
@@ -117,8 +119,8 @@ class Journal:
                 if alone:
                     inspect_wal(self.directory)
         with self._reading() as connection:
-            row = connection.execute("SELECT target FROM meta").fetchone()
-        if row is not None and row[0] != self.target:
+            row = connection.execute(f"SELECT target FROM meta WHERE crc IS {CHECKED['meta']}").fetchone()
+        if row is not None and row[0] != self.target:  # without a sound row the relay sets the file aside
             try:
                 self._change_target(row[0])
             except SinkError:
@@ -215,7 +217,7 @@ class Journal:
     def flush_wish(self) -> int:
         """Return the latest id that a flush was asked for."""
         with self._reading() as connection:
-            return int(connection.execute("SELECT flush_to FROM pulse").fetchone()[0])
+            return int(connection.execute("SELECT coalesce(max(flush_to), 0) FROM pulse").fetchone()[0])
 
     def has_moves(self, writer: str | None, upto: int, key: str | None = None) -> bool:
         """Return whether counts (of one key text) that `writer`, or anybody, had moved here by id `upto` are not settled."""
@@ -244,7 +246,7 @@ class Journal:
         counts: dict[Hashable, int] = defaultdict(int)
         texts = dump_texts(encode(key) for key in keys)
         with self._reading() as connection:
-            settled = connection.execute("SELECT settled FROM pulse").fetchone()[0]
+            (settled,) = connection.execute("SELECT max(settled) FROM pulse").fetchone()
             offered = connection.execute("SELECT writer, seq FROM offer").fetchone()
             (found,) = connection.execute(
                 "WITH wanted AS (SELECT value FROM json_each(?)) "
@@ -274,7 +276,7 @@ class Journal:
         names = ("settled", "failing", "last_error", "pid", "host", "at")
         with self._reading() as connection:
             row = connection.execute(f"SELECT {', '.join(names)} FROM pulse").fetchone()
-        return dict(zip(names, row, strict=True))
+        return dict(zip(names, row or (), strict=False))
 
     # Dead letters
 

@@ -99,7 +99,7 @@ def _hidden_commits(wal: Path) -> int:
     for at in range(_HEADER.size, len(data) - _FRAME.size, _FRAME.size + page):
         _, commit, *own_salts, own1, own2 = _FRAME.unpack_from(data, at)
         content = data[at + _FRAME.size : at + _FRAME.size + page]
-        if sound:
+        if sound and len(content) == page:
             sums = _checksum(data[at : at + 8] + content, order, sums)
             sound = (sums, own_salts) == ((own1, own2), salts) and len(content) == page
         if (

@@ -234,11 +234,18 @@ _leaked: list[sqlite3.Connection] = []
 
 def is_damage(error: BaseException) -> bool:
     """Whether an error says that the file is not what was written."""
-    if isinstance(error, Damaged):
+    if isinstance(error, (Damaged, UnicodeDecodeError)):
         return True
     if type(error) is sqlite3.DatabaseError:  # SQLITE_CORRUPT and SQLITE_NOTADB have no class of their own
         return True
-    signs = ("no such table", "no such column", "malformed", "could not decode", "unsupported file format")
+    signs = (
+        "no such table",
+        "no such column",
+        "malformed",
+        "could not decode",
+        "unsupported file format",
+        "user-defined function raised",  # row_crc was given text that is none
+    )
     return isinstance(error, sqlite3.OperationalError) and str(error).lower().startswith(signs)
 
 

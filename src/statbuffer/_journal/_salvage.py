@@ -14,6 +14,7 @@ import shutil
 import sqlite3
 from typing import TYPE_CHECKING, Any, Final
 
+from statbuffer._batch import Batch
 from statbuffer._journal._file import CHECKED, connect, is_damage, row_crc
 from statbuffer._journal._rows import (
     add_dead,
@@ -26,7 +27,7 @@ from statbuffer._journal._rows import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from statbuffer._journal._file import JournalFile
@@ -42,9 +43,12 @@ _SEALS: Final = 2**32
 Row = dict[str, Any]
 
 
-def salvage(aside: Path, live: JournalFile) -> None:
-    """Bring what can be read of `aside` into the live journal. The relay's lock is held. Raises as a transaction does."""
+def salvage(aside: Path, live: JournalFile, applied: Callable[[Batch], bool] | None) -> None:
+    """Bring what can be read of `aside` into the live journal, under the relay's lock. Raises as a transaction and the sink."""
     found = _read(aside)
+    if applied is not None and any(applied(Batch(row["journal"], row["seq"] + 1, {})) for row in found["meta"]):
+        # its latest transactions are missing: what seems to wait was in a batch that the store has (see Seals.must_renew)
+        found["moves"] = [row for row in found["moves"] if row["seal"]]
     with live.transaction() as connection:
         if not connection.execute("SELECT 1 FROM salvaged WHERE name = ?", (aside.name,)).fetchone():
             total = _bring(connection, found)
@@ -98,7 +102,7 @@ def _sound_rows(connection: sqlite3.Connection, table: str, columns: tuple[str, 
 def _rows(connection: sqlite3.Connection, sql: str) -> Iterator[tuple[Any, ...]]:
     try:
         yield from connection.execute(sql)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:
         if not is_damage(error):
             raise
 
@@ -109,7 +113,7 @@ def _counts(connection: sqlite3.Connection, table: str, number: Any) -> Any:
         return None
     try:
         row = connection.execute(sql[table], (number,)).fetchone()
-    except sqlite3.Error:
+    except (sqlite3.Error, UnicodeDecodeError):
         return None
     return row and row[0]
 

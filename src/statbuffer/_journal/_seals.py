@@ -66,8 +66,17 @@ class Seals:
     puts_back = False
     """What is sealed is offered unchanged until it is settled: new moves merge with each other meanwhile."""
 
-    def __init__(self, journal: Journal, options: Options, monotonic: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        options: Options,
+        monotonic: Callable[[], float],
+        applied: Callable[[Batch], bool] | None = None,
+    ) -> None:
         self._journal = journal
+        self._applied = applied
+        self._copied = False
+        self._inherited = 0  # the latest move that was there when this process took over
         self._options = options
         self._monotonic = monotonic
         self._file = journal.relay_file
@@ -77,7 +86,7 @@ class Seals:
         self.batches = self.attempts = self.failures = 0
         self.last_flush_seconds: float | None = None
         self.fresh = False
-        """Whether the batch on offer was sealed here, and so was never offered before."""
+        """Whether the batch on offer was sealed here and not offered yet."""
 
     # Taking over
 
@@ -92,11 +101,10 @@ class Seals:
         with self._file.transaction() as connection:
             journal, inode = connection.execute("SELECT journal, inode FROM meta").fetchone()
             if inode != directory.file.stat().st_ino:
-                log.warning(
-                    "journal %s was copied or restored (it was %s): it gets an id of its own", directory, journal
-                )
-                self._renew(connection)
+                log.warning("journal %s was copied or restored (it was %s): it gets an id of its own", directory, journal)
+                self._copied = True
             self._forget_writers(connection)
+            (self._inherited,) = connection.execute("SELECT coalesce(max(id), 0) FROM moves").fetchone()
 
     def check(self) -> None:
         """Raise `Damaged` if the file is not what was written."""
@@ -122,19 +130,56 @@ class Seals:
         """Read what was set aside. Of two that have a batch on offer the second has to wait until that is settled."""
         self._asides = self._journal.directory.to_salvage()
         while self._asides and self._offered() is None:
-            salvage(self._asides.pop(0), self._file)
+            salvage(self._asides[0], self._file, self._applied)
+            del self._asides[0]
 
-    def renew(self) -> None:
-        """Give the journal, and the batch on offer that the store can't have seen, a new id."""
+    def must_renew(self, batch: Batch) -> bool:
+        """Look whether a batch that was sealed here has an id that the store has seen; if so, mend it. Raises as the sink.
+
+        Such a file is an old state of one that went on: restored, or its write-ahead log was cut short. A seal takes all that
+        waits, so what waited in that state was in the batch that the store has: it is left out. What has been moved since
+        goes on under a new id.
+        """
+        if not self.fresh:
+            return False
+        if self._applied is not None and self._applied(batch):
+            self._leave_out(batch)
+            return True
+        self.fresh = False
+        if not self._copied:
+            return False
         with self._file.transaction() as connection:
-            self._renew(connection)
             (sealed,) = connection.execute("SELECT sealed FROM offer").fetchone()
             connection.execute("DELETE FROM offer")
+            self._renew(connection)
             offer(connection, sealed)
+        return True
+
+    def _leave_out(self, batch: Batch) -> None:
+        copy = self._journal.directory.keep_copy()
+        with self._file.transaction() as connection:
+            (totals,) = connection.execute(
+                "SELECT group_concat(total, ' ') FROM moves WHERE id <= ?", (self._inherited,)
+            ).fetchone()
+            connection.execute("DELETE FROM moves WHERE id <= ?", (self._inherited,))
+            connection.execute("DELETE FROM contents WHERE move <= ?", (self._inherited,))
+            connection.execute("DELETE FROM sealed")
+            connection.execute("DELETE FROM offer")
+            connection.execute(f"UPDATE moves SET seal = 0, crc = {_MOVE_CRC.format(seal='0')} WHERE seal <> 0")
+            self._renew(connection)
+        log.error(
+            "%r is an old copy: the store has batch %s already, which was never offered. %d counts that it held are left out, "
+            "since the store most likely has them; a copy is kept as %s",
+            self._journal,
+            batch.id,
+            add_up(totals),
+            copy,
+        )
 
     def _renew(self, connection: sqlite3.Connection) -> None:
         (target,) = connection.execute("SELECT target FROM meta").fetchone()
         write_meta(connection, new_writer_id(), 0, target, self._journal.directory.file.stat().st_ino)
+        self._copied = False
 
     def _forget_writers(self, connection: sqlite3.Connection) -> None:
         connection.execute(
