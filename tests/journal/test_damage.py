@@ -53,6 +53,8 @@ class Specimen:
             views.stop(0)
         else:
             views.stop(1.0)
+            assert views._journaled is not None
+            assert views._journaled.relay.ended.wait(10)
             shutil.copytree(folder / "made", self.path)
         self.stored, self.watermarks = sink.counts.copy(), dict(sink._watermarks)
         assert (self.path / "live" / WAL).exists() == with_wal
@@ -141,7 +143,7 @@ def page_of(directory: Path, table: str) -> int:
     connection = sqlite3.connect(f"file:{directory / 'live' / FILE}?mode=ro", uri=True)
     (page,) = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (table,)).fetchone()
     connection.close()
-    return (page - 1) * 4096
+    return (int(page) - 1) * 4096
 
 
 def offsets(path: Path, wanted: int, rng: random.Random) -> list[int]:

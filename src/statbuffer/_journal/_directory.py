@@ -56,13 +56,22 @@ class Lock:
 
     @property
     def held(self) -> bool:
-        """Whether this object holds the lock."""
-        return self._fd is not None
+        """Whether this object holds the lock, on the file that is there now."""
+        if self._fd is None:
+            return False
+        try:
+            if os.stat(self._path).st_ino == os.fstat(self._fd).st_ino:  # noqa: PTH116  # asked at every step
+                return True
+        except FileNotFoundError:
+            pass
+        self.release()  # somebody has deleted the directory: others would lock another file
+        return False
 
     def take(self, *, shared: bool = False, wait: bool = False) -> bool:
         """Take the lock, or change it to this kind; return whether that succeeded."""
-        fd = self._fd
+        fd = self._fd if self.held else None
         if fd is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))

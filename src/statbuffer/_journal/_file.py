@@ -259,7 +259,7 @@ def connect(path: os.PathLike[str]) -> sqlite3.Connection:
 def create(directory: Directory, target: str) -> None:
     """Make an empty journal, whole, and put it in place by a rename; if another process was faster, its one stays."""
     making = directory.path / f"new-{uuid4().hex}"
-    making.mkdir()
+    making.mkdir(parents=True)  # somebody may have deleted all of it
     try:
         _make(making / directory.file.name, target)
         making.rename(directory.live)

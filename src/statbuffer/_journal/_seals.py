@@ -101,7 +101,9 @@ class Seals:
         with self._file.transaction() as connection:
             journal, inode = connection.execute("SELECT journal, inode FROM meta").fetchone()
             if inode != directory.file.stat().st_ino:
-                log.warning("journal %s was copied or restored (it was %s): it gets an id of its own", directory, journal)
+                log.warning(
+                    "journal %s was copied or restored (it was %s): it gets an id of its own", directory, journal
+                )
                 self._copied = True
             self._forget_writers(connection)
             (self._inherited,) = connection.execute("SELECT coalesce(max(id), 0) FROM moves").fetchone()
