@@ -33,11 +33,16 @@ def open_journal(sink: Sink, options: Options, monotonic: Callable[[], float]) -
     assert options.journal is not None
     return Journal(
         options.journal,
-        target=str(getattr(sink, "target", type(sink).__qualname__)),
+        target=target_of(sink),
         fsync=options.fsync,
         bytes_max=options.journal_bytes_max,
         monotonic=monotonic,
     )
+
+
+def target_of(sink: Sink) -> str:
+    """Return what counts are for that go to this sink."""
+    return str(getattr(sink, "target", type(sink).__qualname__))
 
 
 class Journaled:

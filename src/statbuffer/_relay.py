@@ -199,6 +199,8 @@ class Relay:
         except BaseException:
             lock.release()  # perhaps another process fares better
             raise
+        self._told = None
+        self._tell()
         return True
 
     def _is_hurried(self) -> bool:

@@ -230,7 +230,12 @@ def figures_grid(figures: dict[str, str]) -> Table:
 
 def failing(stats: Stats) -> list[RenderableType]:
     """Return a line on the store's troubles, if it has any."""
-    if stats.last_error is None:
+    return trouble(stats.last_error, failing=stats.failing)
+
+
+def trouble(last_error: str | None, *, failing: bool) -> list[RenderableType]:
+    """Return a line on what failed last, if anything has."""
+    if last_error is None:
         return []
-    state = "failing" if stats.failing else "trying again"
-    return [Text(f"store {state}, counts are kept: {printable(stats.last_error)}", style="bold red", no_wrap=True)]
+    state = "failing" if failing else "trying again"
+    return [Text(f"store {state}, counts are kept: {printable(last_error)}", style="bold red", no_wrap=True)]

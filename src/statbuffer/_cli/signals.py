@@ -50,6 +50,10 @@ class Stop:
         if self._wake_write >= 0:
             os.write(self._wake_write, b"!")
 
+    def pause(self, seconds: float) -> None:
+        """Return after so many seconds, or at a signal."""
+        select.select([self._wake_read], [], [], seconds)
+
     def wait_for_input(self, fd: int) -> bool:
         """Return True when `fd` can be read without waiting, False if a signal came first."""
         ready, _, _ = select.select([fd, self._wake_read], [], [])

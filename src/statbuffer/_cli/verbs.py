@@ -7,17 +7,18 @@ import json
 import re
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated
 
 import sqlalchemy as sa
 import typer
 from sqlalchemy import exc
 
 import statbuffer
-from statbuffer import OptionError, SinkError, StatBufferError
+from statbuffer import SinkError, StatBufferError
 from statbuffer._cli import display
 from statbuffer._cli.counting import Outcome, Run
-from statbuffer._cli.exits import MEANINGS, Exit, choose
+from statbuffer._cli.exits import choose
+from statbuffer._cli.journal_verbs import journal_app, relay
 from statbuffer._cli.keys import (
     COMBINED_KEYS,
     BadPicker,
@@ -28,12 +29,11 @@ from statbuffer._cli.keys import (
     regex_picker,
 )
 from statbuffer._cli.signals import Stop
+from statbuffer._cli.stores import EXIT_CODES, opened, store_errors
 from statbuffer.sinks.sql import SQLSink
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
-
-_CODES = "**Exit codes**\n\n" + "\n\n".join(f"{code.value}: {meaning}" for code, meaning in MEANINGS.items())
+    from collections.abc import Hashable
 
 app = typer.Typer(
     add_completion=False,
@@ -41,8 +41,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     help="Count lines into a SQL table, exactly; look at what was counted.",
-    epilog=_CODES,
+    epilog=EXIT_CODES,
 )
+
+
+app.command(epilog=EXIT_CODES)(relay)
+app.add_typer(journal_app, name="journal")
 
 
 class Format(str, Enum):
@@ -65,7 +69,7 @@ def _options(
     pass
 
 
-@app.command(epilog=_CODES)
+@app.command(epilog=EXIT_CODES)
 def count(
     files: Annotated[
         list[str] | None,
@@ -106,7 +110,7 @@ def count(
 ) -> None:
     """Count lines by a key, into a table: `count access.log --format combined --key path --into sqlite:///hits.db`."""
     picker = _picker(field=field, regex=regex, json_path=json_path, format_=format_, key=key, amount=amount)
-    with _opened(into, table=table, key=picker.columns, mode="update" if update_only else "upsert") as sink:
+    with opened(into, table=table, key=picker.columns, mode="update" if update_only else "upsert") as sink:
         with Stop() as stop:
             run = Run(sink, picker, stop, interval=interval, shutdown=shutdown, max_keys=max_keys)
             with display.live(display.errors(), display.CountProgress(run).render) or contextlib.nullcontext():
@@ -121,7 +125,7 @@ def count(
     )
 
 
-@app.command("top", epilog=_CODES)
+@app.command("top", epilog=EXIT_CODES)
 def show_top(
     url: Annotated[str, typer.Argument(metavar="URL")],
     *,
@@ -132,9 +136,9 @@ def show_top(
     count_column: Annotated[str | None, typer.Option("--count", help="The count column; found if not given.")] = None,
 ) -> None:
     """Show the largest keys of a table."""
-    with _store_errors():
+    with store_errors():
         keys, counts = _columns(url, table, tuple(key or ()), count_column)
-    with _opened(url, table=table, key=keys, count=counts, mode="update", create=False) as sink:
+    with opened(url, table=table, key=keys, count=counts, mode="update", create=False) as sink:
         rows = sink.top(n)
     if as_json:
         found = [dict(zip((*keys, counts), (*values, total), strict=True)) for values, total in rows]
@@ -143,7 +147,7 @@ def show_top(
         display.show_top(display.output(), rows, keys, table)
 
 
-@app.command(epilog=_CODES)
+@app.command(epilog=EXIT_CODES)
 def prune(
     url: Annotated[str, typer.Argument(metavar="URL")],
     *,
@@ -151,14 +155,14 @@ def prune(
 ) -> None:
     """Delete the watermarks of writers that are long gone. AGE must be longer than any batch waits: a day at least."""
     seconds = _seconds(older_than)
-    with _store_errors():
+    with store_errors():
         _require_database(url)
-    with _opened(url, create=False) as sink:
+    with opened(url, create=False) as sink:
         deleted = sink.prune(seconds)
     display.say(display.output(), f"{deleted:,} watermarks of writers silent for {older_than} deleted")
 
 
-@app.command(epilog=_CODES)
+@app.command(epilog=EXIT_CODES)
 def demo(
     *,
     log: Annotated[Path | None, typer.Option(metavar="FILE", help="Count this log instead of made-up traffic.")] = None,
@@ -172,11 +176,11 @@ def demo(
 
     if log is not None and not log.exists():
         raise typer.BadParameter(f"{log} does not exist", param_hint="--log")
-    with _store_errors():
+    with store_errors():
         raise typer.Exit(run_demo(into, log, seconds))
 
 
-@app.command(epilog=_CODES)
+@app.command(epilog=EXIT_CODES)
 def bench() -> None:
     """Measure what an increment costs on this machine, in a few seconds."""
     from statbuffer._cli.bench import show_sections
@@ -271,26 +275,3 @@ def _seconds(text: str) -> float:
     if match is None:
         raise typer.BadParameter(f"{text!r}: expected an age such as 30d, 12h, 90m or 3600", param_hint="--older-than")
     return float(match[1]) * _UNITS[match[2]]
-
-
-@contextlib.contextmanager
-def _opened(url: str, **options: Any) -> Iterator[SQLSink]:
-    """A sink for one verb, closed at its end; what is wrong with it becomes one line."""
-    with _store_errors(), contextlib.closing(SQLSink(url, **options)) as sink:
-        yield sink
-
-
-@contextlib.contextmanager
-def _store_errors() -> Iterator[None]:
-    """Turn a store that can't be used into one line and its exit code."""
-    try:
-        yield
-    except OptionError as error:
-        raise typer.BadParameter(str(error)) from None
-    except (StatBufferError, exc.SQLAlchemyError) as error:
-        _fail(str(getattr(error, "orig", None) or error))
-
-
-def _fail(message: str) -> NoReturn:
-    display.say(display.errors(), display.printable(message), "bold red")
-    raise typer.Exit(Exit.STORE)

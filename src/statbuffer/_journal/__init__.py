@@ -118,7 +118,7 @@ class Journal:
             with self.directory.alone() as alone:
                 if alone:
                     inspect_wal(self.directory)
-        with self._reading() as connection:
+        with self.reading() as connection:
             row = connection.execute(f"SELECT target FROM meta WHERE crc IS {CHECKED['meta']}").fetchone()
         if row is not None and row[0] != self.target:  # without a sound row the relay sets the file aside
             try:
@@ -176,7 +176,8 @@ class Journal:
             )
 
     @contextlib.contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
+    def reading(self) -> Iterator[sqlite3.Connection]:
+        """Look at one state of the file. Raises `NotApplied`, `Damaged`, `SinkError`."""
         with self._reader.snapshot() as connection:
             yield connection
         if self._closed:  # a look at what a stopped buffer has left keeps nothing open
@@ -186,7 +187,7 @@ class Journal:
 
     def account(self, writer: str) -> Account | None:
         """Return the books of one buffer; None if nothing of it is known (any more: it had been settled for a day)."""
-        with self._reading() as connection:
+        with self.reading() as connection:
             row = read_writer(connection, writer)
             mine = "FROM moves WHERE writer = ?"
             totals, oldest = connection.execute(
@@ -216,7 +217,7 @@ class Journal:
 
     def flush_wish(self) -> int:
         """Return the latest id that a flush was asked for."""
-        with self._reading() as connection:
+        with self.reading() as connection:
             return int(connection.execute("SELECT coalesce(max(flush_to), 0) FROM pulse").fetchone()[0])
 
     def has_moves(self, writer: str | None, upto: int, key: str | None = None) -> bool:
@@ -229,12 +230,12 @@ class Journal:
         if key is not None:
             sql += " AND json_type(counts, '$.\"' || ? || '\"') IS NOT NULL"
             values += (key,)
-        with self._reading() as connection:
+        with self.reading() as connection:
             return connection.execute(sql + " LIMIT 1", values).fetchone() is not None
 
     def is_empty(self) -> bool:
         """Return whether nothing waits to be delivered."""
-        with self._reading() as connection:
+        with self.reading() as connection:
             return connection.execute("SELECT 1 FROM moves LIMIT 1").fetchone() is None
 
     def unsettled(self, keys: Iterable[Hashable]) -> tuple[int, dict[Hashable, int], tuple[str, int] | None]:
@@ -245,7 +246,7 @@ class Journal:
         """
         counts: dict[Hashable, int] = defaultdict(int)
         texts = dump_texts(encode(key) for key in keys)
-        with self._reading() as connection:
+        with self.reading() as connection:
             (settled,) = connection.execute("SELECT max(settled) FROM pulse").fetchone()
             offered = connection.execute("SELECT writer, seq FROM offer").fetchone()
             (found,) = connection.execute(
@@ -263,7 +264,7 @@ class Journal:
     def on_offer(self, keys: Iterable[Hashable]) -> dict[Hashable, int]:
         """Return the counts of `keys` in the batch that is, or was, being offered to the store."""
         texts = dump_texts(encode(key) for key in keys)
-        with self._reading() as connection:
+        with self.reading() as connection:
             (found,) = connection.execute(
                 "SELECT json_group_array(json_array(each.key, each.value)) FROM sealed JOIN offer ON sealed.id = offer.sealed, "
                 "json_each(counts) each WHERE each.key IN (SELECT value FROM json_each(?))",
@@ -274,7 +275,7 @@ class Journal:
     def pulse(self) -> dict[str, Any]:
         """Return how the relay is, as it last said."""
         names = ("settled", "failing", "last_error", "pid", "host", "at")
-        with self._reading() as connection:
+        with self.reading() as connection:
             row = connection.execute(f"SELECT {', '.join(names)} FROM pulse").fetchone()
         return dict(zip(names, row or (), strict=False))
 
@@ -282,7 +283,7 @@ class Journal:
 
     def dead_letters(self) -> tuple[DeadLetter, ...]:
         """Return what the store rejected for good, of all buffers of the host, one letter a key."""
-        with self._reading() as connection:
+        with self.reading() as connection:
             rows = connection.execute("SELECT key, count, reason, batch FROM dead ORDER BY id").fetchall()
         letters: dict[Hashable, DeadLetter] = {}
         for text, count, reason, batch in rows:

@@ -84,6 +84,7 @@ class Seals:
         self._asides: list[Path] = []
         self._keys: dict[str, Hashable] = {}  # of the batch on offer, by text
         self.batches = self.attempts = self.failures = 0
+        self.stored = 0
         self.last_flush_seconds: float | None = None
         self.fresh = False
         """Whether the batch on offer was sealed here and not offered yet."""
@@ -301,6 +302,7 @@ class Seals:
             rest=[text for text, key in texts if key in rest] if rest else (),
             batch=settlement.batch,
         )
+        self.stored += settlement.stored
         if not rest:
             return None
         offered = self._offered()

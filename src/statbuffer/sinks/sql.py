@@ -91,6 +91,7 @@ class SQLSink:
         self._schema = Schema(
             self._dialect, table, keys=self._key_names, count=count, slots=slots, unique=self._upserts
         )
+        self.target = f"table {self._schema.name} ({', '.join(self._key_names)}: {count})"
 
     @property
     def url(self) -> URL:
@@ -104,11 +105,6 @@ class SQLSink:
 
     def __repr__(self) -> str:
         return f"<SQLSink {self._engine.url.render_as_string(hide_password=True)} table {self._schema.name!r}>"
-
-    @property
-    def target(self) -> str:
-        """The table and its columns: what a journal's counts are for."""
-        return f"table {self._schema.name} ({', '.join(self._key_names)}: {self._schema.count.name})"
 
     # Life
 
