@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from statbuffer._keys import UnknownText, decode, encode
+from statbuffer._keys import UnknownText, decode, encode, encode_counts
 
 
 class Color(Enum):
@@ -87,6 +87,18 @@ def test_the_text_goes_through_json_and_sqlite_as_it_is(several):
         (found,) = connection.execute("SELECT json_extract(?, '$.\"' || ? || '\"')", (written, text)).fetchone()
         assert found == number
     connection.close()
+
+
+@given(st.lists(keys), st.integers(-(2**63), 2**63 - 1))
+def test_counts_are_encoded_together_as_they_are_one_by_one(several, count):
+    counts = dict.fromkeys(several, count)
+    assert json.loads(encode_counts(counts)) == {encode(key): count for key in counts}
+
+
+def test_many_counts_are_encoded_in_pieces():
+    counts: dict[object, int] = {f"k{number}": number for number in range(6_000)} | {7: 1, 'q"': 2}
+    assert json.loads(encode_counts(counts)) == {encode(key): count for key, count in counts.items()}
+    assert encode_counts({}) == "{}"
 
 
 @given(keys, keys)

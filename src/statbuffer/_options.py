@@ -25,6 +25,7 @@ _CHOICES = {"restart": ("transient", "temporary", "permanent"), "on_full": ("rai
 
 _TICKS_PER_INTERVAL = 50
 _LONGEST = 1e9  # seconds: thirty years, and what every clock and lock of Python can still wait for
+_MOVE_KEYS = 50_000  # keys in one move to a journal: about a megabyte
 _TICK_MIN, _TICK_MAX = 0.001, 0.1
 
 
@@ -118,9 +119,15 @@ class Options:
 
     @property
     def until_journal(self) -> Options:
-        """What holds between a buffer and its journal: a disk that fails never drops, and is tried again soon."""
-        backoff = min(self.backoff, 1.0)
-        return dataclasses.replace(self, interval=self.sync_interval, jitter=0.0, restart="transient", backoff=backoff)
+        """What holds between a buffer and its journal: fewer waits for the disk; one that fails is tried again soon."""
+        return dataclasses.replace(
+            self,
+            interval=self.sync_interval,
+            jitter=0.0,
+            restart="transient",
+            backoff=min(self.backoff, 1.0),
+            batch_keys=max(self.batch_keys, _MOVE_KEYS),
+        )
 
     @property
     def tick(self) -> float:

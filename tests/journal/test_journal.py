@@ -218,9 +218,10 @@ def test_async_flush_delivers_soon(journaled, clock, sink):
     views.async_flush()
     clock.advance(0.1)
     assert sink.counts == {"a": 1, "b": 1}
+    batches = len(sink.batches)
     views.async_flush()
     clock.advance(0.1)
-    assert len(sink.batches) == 1
+    assert len(sink.batches) == batches
 
 
 def test_a_flush_in_another_buffer_is_heard(journaled, clock, sink):

@@ -72,13 +72,14 @@ def best_of(rounds: int, turns: Mapping[str, Turn]) -> dict[str, float]:
     best = dict.fromkeys(turns, float("inf"))
     for _ in range(rounds):
         for name, turn in turns.items():
-            with _no_garbage_collection():
+            with no_garbage_collection():
                 best[name] = min(best[name], turn())
     return best
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
+    """Measure without the collector: what it costs depends on all that this process has imported."""
     gc.collect()
     gc.disable()
     try:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from statbuffer import Batch, StatBuffer
 from statbuffer._cli.bench import Line, best_of, cost, speed, time_calls
+from statbuffer._cli.bench_journal import journal
 from statbuffer._cli.bench_sqlite import executemany, json_each, one_commit_each, timed
 from statbuffer.sinks.sql import SQLSink
 
@@ -259,4 +260,10 @@ def _flush(path: Path, counts: dict[str, int]) -> list[float]:
     return seconds
 
 
-SECTIONS: Final[dict[str, Section]] = {"increment": increment, "update": update, "memory": memory, "flush": flush}
+SECTIONS: Final[dict[str, Section]] = {
+    "increment": increment,
+    "update": update,
+    "memory": memory,
+    "flush": flush,
+    "journal": journal,
+}

@@ -40,13 +40,14 @@ from statbuffer._journal._directory import Directory
 from statbuffer._journal._file import CHECKED, JournalFile
 from statbuffer._journal._rows import (
     add_up,
+    dump_counts,
     dump_texts,
     insert_move,
     read_writer,
     write_meta,
     write_writer,
 )
-from statbuffer._keys import UnknownText, decode, encode
+from statbuffer._keys import UnknownText, decode, encode, encode_counts
 
 if TYPE_CHECKING:
     import sqlite3
@@ -146,7 +147,7 @@ class Journal:
 
     def apply(self, batch: Batch) -> None:
         """Move a batch here; it is on the disk (with fsync) when this returns. The flusher's thread."""
-        counts = {encode(key): count for key, count in batch.counts.items()}
+        counts = encode_counts(batch.counts)
         now = self._monotonic()
         with self._mover.transaction() as connection:
             row = read_writer(connection, batch.writer)
@@ -158,7 +159,7 @@ class Journal:
                 row = {"writer": batch.writer, "first": batch.seq, "moved": "0", "stored": "0", "dropped": "0"}
             row |= {"seq": batch.seq, "moved": str(int(row["moved"]) + batch.total)}
             write_writer(connection, row | {"pid": os.getpid(), "host": self._host, "at": time.time()})
-            insert_move(connection, counts, writer=batch.writer, seq=batch.seq, moved=now)
+            insert_move(connection, counts, batch.total, writer=batch.writer, seq=batch.seq, moved=now)
             if self.flush_next:
                 self.flush_next = False
                 connection.execute("UPDATE pulse SET flush_to = (SELECT max(id) FROM moves)")
@@ -300,7 +301,7 @@ class Journal:
             chosen = [row for row in rows if keys is None or _key_or_text(row[2]) in keys]
             for number, writer, key, count in chosen:
                 connection.execute("DELETE FROM dead WHERE id = ?", (number,))
-                insert_move(connection, {key: count}, writer=writer, seq=0, moved=now)
+                insert_move(connection, dump_counts({key: count}), count, writer=writer, seq=0, moved=now)
         return sum(row[3] for row in chosen)
 
     # Life

@@ -22,7 +22,8 @@ def dump_counts(counts: Mapping[str, int]) -> str:
 
 def insert_move(
     connection: sqlite3.Connection,
-    counts: Mapping[str, int],
+    counts: str,
+    total: int,
     *,
     writer: str,
     seq: int,
@@ -31,13 +32,11 @@ def insert_move(
     not_before: float = 0.0,
     seal: int = 0,
 ) -> None:
-    """Write counts by key text that wait for a seal."""
-    text = dump_counts(counts)
+    """Write counts (JSON by key text) that wait for a seal."""
     (row,) = connection.execute("SELECT coalesce(max(seq), 0) + 1 FROM sqlite_sequence WHERE name = 'moves'").fetchone()
-    total = str(sum(counts.values()))
-    values = (row, writer, seq, origin or row, moved, not_before, time.time(), total, seal, row_crc(text))
+    values = (row, writer, seq, origin or row, moved, not_before, time.time(), str(total), seal, row_crc(counts))
     connection.execute("INSERT INTO moves VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", values_with_crc(*values))
-    connection.execute("INSERT INTO contents VALUES (?, ?)", (row, text))
+    connection.execute("INSERT INTO contents VALUES (?, ?)", (row, counts))
 
 
 def add_up(numbers: str | None) -> int:

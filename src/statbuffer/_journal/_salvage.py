@@ -148,7 +148,7 @@ def _bring_writer(connection: sqlite3.Connection, row: Row) -> None:
 
 def _bring_move(connection: sqlite3.Connection, row: Row, seal: int) -> None:
     names = ("writer", "seq", "moved", "not_before")
-    insert_move(connection, json.loads(row["counts"]), seal=seal, **{name: row[name] for name in names})
+    insert_move(connection, row["counts"], int(row["total"]), seal=seal, **{name: row[name] for name in names})
     writer = read_writer(connection, row["writer"])
     if writer is None:  # its row could not be read: the watermark must be there all the same
         books = {"moved": row["total"], "stored": "0", "dropped": "0", "pid": None, "host": None, "at": row["at"]}

@@ -362,7 +362,10 @@ class Seals:
             for key, count in counts.items():
                 by_delay[delays[key]][key] = count
             for delay, group in by_delay.items():
-                insert_move(connection, group, writer=writer, seq=0, moved=moved, origin=origin, not_before=now + delay)
+                text, total = dump_counts(group), sum(group.values())
+                insert_move(
+                    connection, text, total, writer=writer, seq=0, moved=moved, origin=origin, not_before=now + delay
+                )
 
     def _extract(
         self, connection: sqlite3.Connection, seal: int, texts: Collection[str]
@@ -442,7 +445,8 @@ class Seals:
         connection.execute(f"DELETE FROM moves WHERE id IN {chosen}", (moves,))
         connection.execute(f"DELETE FROM contents WHERE move IN {chosen}", (moves,))
         for text in parts:
-            insert_move(connection, json.loads(text), writer=writer, seq=seq, moved=moved, origin=origin)
+            total = sum(json.loads(text).values())
+            insert_move(connection, text, total, writer=writer, seq=seq, moved=moved, origin=origin)
 
     def give_back_space(self) -> None:
         """Shrink the file."""
