@@ -76,7 +76,7 @@ class Specimen:
             assert "later version" in str(error)  # a flipped version number: said clearly, nothing touched
             return sink, None
         views.increment("new", 3)
-        clock.advance(30.0)
+        clock.advance(8.0)
         return sink, views
 
     def check(self, folder: Path, damage, caplog: pytest.LogCaptureFixture, told: str) -> int:

@@ -148,15 +148,19 @@ class Directory:
 
     def set_aside(self) -> Path:
         """Move the live file out of the way, with all that belongs to it, in one step. The relay's lock is held."""
-        return self.live.rename(self._unused("damaged"))
+        return self.live.rename(self.unused("damaged"))
 
     def keep_copy(self) -> Path:
-        """Keep a copy of the live file, for whoever wants to look into it."""
-        copy = self._unused("kept")
+        """Keep a copy of the live file, for whoever wants to look into it. No connection of this process is open.
+
+        (POSIX locks: to close any descriptor of a file lets go of all locks that the process has on it, SQLite's too.)
+        """
+        copy = self.unused("kept")
         shutil.copytree(self.live, copy)
         return copy
 
-    def _unused(self, prefix: str) -> Path:
+    def unused(self, prefix: str) -> Path:
+        """Return a path that begins with this and the time."""
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         names = (self.path / f"{prefix}-{stamp}{f'-{n}' if n else ''}" for n in range(10_000))
         return next(path for path in names if not path.exists())

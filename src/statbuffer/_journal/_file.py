@@ -201,6 +201,11 @@ class JournalFile:
         if found != SCHEMA or mode != "wal":
             raise Damaged("the file has another schema than it was made with")
 
+    def _is_oddly_read_only(self, error: BaseException) -> bool:
+        """Whether SQLite takes a file for read-only that is not: a byte of its header, which says who may write, is wrong."""
+        says_so = isinstance(error, sqlite3.OperationalError) and str(error).startswith("attempt to write a readonly")
+        return says_so and not self._was_set_aside() and os.access(self._directory.file, os.W_OK)
+
     def _was_set_aside(self) -> bool:
         try:
             return os.stat(self._directory.file).st_ino != self._inode  # noqa: PTH116  # at each use; Path.stat() is slower
@@ -220,7 +225,7 @@ class JournalFile:
             yield
         except BaseException as error:
             self._drop()
-            if is_damage(error):
+            if is_damage(error) or self._is_oddly_read_only(error):
                 with contextlib.suppress(OSError):
                     self._directory.suspect.touch()
                 raise Damaged(f"journal {self._directory} is damaged: {error}") from error

@@ -6,6 +6,7 @@ is on the disk already. Nothing but this changes a move after it was written.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Final
 
 from statbuffer._batch import Batch, new_writer_id
 from statbuffer._journal._check import problems
-from statbuffer._journal._file import Damaged, row_crc, values_with_crc
+from statbuffer._journal._file import Damaged, connect, row_crc, values_with_crc
 from statbuffer._journal._rows import (
     add_dead,
     add_up,
@@ -159,7 +160,7 @@ class Seals:
         return True
 
     def _leave_out(self, batch: Batch) -> None:
-        copy = self._journal.directory.keep_copy()
+        copy = self._keep_copy()
         with self._file.transaction() as connection:
             (totals,) = connection.execute(
                 "SELECT group_concat(total, ' ') FROM moves WHERE id <= ?", (self._inherited,)
@@ -178,6 +179,14 @@ class Seals:
             add_up(totals),
             copy,
         )
+
+    def _keep_copy(self) -> Path:
+        """Copy the file by SQLite's own means: who opens and closes it beside SQLite undoes this process's locks."""
+        folder = self._journal.directory.unused("kept")
+        folder.mkdir()
+        with self._file.snapshot() as connection, contextlib.closing(connect(folder / "journal.sqlite3")) as copy:
+            connection.backup(copy)
+        return folder
 
     def _renew(self, connection: sqlite3.Connection) -> None:
         (target,) = connection.execute("SELECT target FROM meta").fetchone()
