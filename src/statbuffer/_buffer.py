@@ -95,6 +95,7 @@ class StatBuffer:
         )
         self._table.close()
         self._assemble()
+        _lifecycle.know(self)
 
     def _choose_sink(self, sink: Sink | str | Callable[[Any, int], object] | None) -> Sink:
         name = type(self).__name__
@@ -172,13 +173,14 @@ class StatBuffer:
             timeout = self.options.shutdown
         self._refuse_in_flusher("stop")
         with self._state_lock:
-            if self._state == "running":
-                self._state = "stopped"
+            if self._state in {"running", "stopping"}:  # stopping: a signal handler raised in the middle of it
+                self._state = "stopping"
                 for name in ("increment", "update"):
                     self.__dict__.pop(name, None)
                 self._flusher.apply_inbox()
                 self._table.close()
                 self._drain(timeout)
+                self._state = "stopped"
                 _lifecycle.leave(self)
             return self._report()
 
@@ -269,12 +271,12 @@ class StatBuffer:
             raise NotStarted(
                 f"{self!r} is not started: call start() or use it in a with statement; nothing was counted"
             )
-        if self._state == "stopped":
+        if self._state != "running":
             raise Stopped(f"{self!r} is stopped; nothing was counted")
 
     def _on_full(self, key: Hashable) -> Hashable:
         """Decide on a new key in a full table: raise, wait, or return the key that gets its count. Caller's thread."""
-        if self._state == "stopped":  # stop() lets in what async_increment has left, since there is no later
+        if self._state == "stopping":  # stop() lets in what async_increment has left, since there is no later
             return key
         self._flush_ahead()
         if self.options.on_full == "fold":
@@ -462,21 +464,24 @@ class StatBuffer:
         return f"<{type(self).__name__} {state}: {keys} keys pending, to {self.sink!r}>"
 
     def _before_fork(self) -> None:
-        if self._journal is not None:
-            self._journal.before_fork()
+        self._tell("before_fork")
 
     def _after_fork_in_parent(self) -> None:
-        if self._journal is not None:
-            self._journal.after_fork_in_parent()
+        self._tell("after_fork_in_parent")
+
+    def _tell(self, what: str) -> None:
+        """Tell the sink and the journal about a fork, where they want to know."""
+        for each in (self.sink, self._journal):
+            hook = getattr(each, what, None)
+            if hook is not None:
+                hook()
 
     def _after_fork(self) -> None:
         """Start anew in a forked child. The only thread of the child calls this, before anything else."""
         self._table.forget()
         self._state_lock = threading.RLock()
         self._full_request = None
-        afters = [getattr(each, "after_fork", None) for each in (self.sink, self._journal)]
-        for after_fork in filter(None, afters):
-            after_fork()
+        self._tell("after_fork")
         self._assemble()
 
 

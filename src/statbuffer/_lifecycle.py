@@ -14,21 +14,30 @@ import atexit
 import logging
 import os
 import sys
+import threading
 import weakref
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from statbuffer._buffer import StatBuffer
+    from statbuffer._report import StopReport
 
 log = logging.getLogger("statbuffer")
 
 _running: weakref.WeakSet[StatBuffer] = weakref.WeakSet()
 _finalized_pid: int | None = None
-_forking: list[StatBuffer] = []
+_known: weakref.WeakSet[StatBuffer] = weakref.WeakSet()
+_fork = threading.local()
+"""The buffers that the fork of this thread holds up; several threads may fork at once."""
+
+
+def know(buffer: StatBuffer) -> None:
+    """Have `buffer` renewed when the process forks, started or not: two processes must not share a writer id."""
+    _known.add(buffer)
 
 
 def enter(buffer: StatBuffer) -> None:
-    """Have `buffer` stopped when the process exits, and renewed when it forks."""
+    """Have `buffer` stopped when the process exits."""
     _running.add(buffer)
 
 
@@ -50,26 +59,34 @@ def on_thread_start() -> None:
 
 def _stop_all() -> None:
     for buffer in list(_running):
-        report = buffer.stop()
+        report = _see_through(buffer)
         if not report.complete:
             log.error("%r: the process ends with counts that are not stored: %s", buffer, report)
 
 
+def _see_through(buffer: StatBuffer) -> StopReport:
+    """Stop a buffer though signal handlers raise `SystemExit` meanwhile: the process is ending already, by its deadline."""
+    while True:
+        try:
+            return buffer.stop()
+        except SystemExit:
+            continue
+
+
 def _before_fork() -> None:
-    _forking[:] = _running
-    for buffer in _forking:
+    _fork.buffers = sorted(_known, key=id)  # all threads that fork take the locks in the same order
+    for buffer in _fork.buffers:
         buffer._before_fork()  # noqa: SLF001  # no business of a user
 
 
 def _after_fork_in_parent() -> None:
-    for buffer in _forking:
+    for buffer in _fork.buffers:
         buffer._after_fork_in_parent()  # noqa: SLF001  # no business of a user
-    _forking.clear()
+    _fork.buffers = []
 
 
 def _renew_all() -> None:
-    _forking.clear()
-    for buffer in list(_running):
+    for buffer in list(_known):
         buffer._after_fork()  # noqa: SLF001  # no business of a user
 
 

@@ -42,9 +42,9 @@ class Ground:
         mine = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "GROUND": str(self.path), "PYTHONUNBUFFERED": "1"}
         return os.environ | mine | {"GROUND_JOURNAL": str(self.journal or "")}
 
-    def write(self, name: str, code: str) -> Path:
+    def write(self, name: str, code: str, *, first: str = "") -> Path:
         file = self.path / name
-        file.write_text(HEAD + textwrap.dedent(code))
+        file.write_text(first + "\n" + HEAD + textwrap.dedent(code))
         return file
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
@@ -63,12 +63,13 @@ class Ground:
         self._started.append(process)
         return process
 
-    def start_script(self, code: str) -> subprocess.Popen[bytes]:
-        return self.start(str(self.write(f"script_{self._files + 1}.py", code)))
+    def start_script(self, code: str, *, first: str = "") -> subprocess.Popen[bytes]:
+        """Start a script; `first` comes before statbuffer is imported."""
+        return self.start(str(self.write(f"script_{self._files + 1}.py", code, first=first)))
 
-    def run(self, code: str, *, check: int = 0, traceback: bool = False) -> None:
+    def run(self, code: str, *, first: str = "", check: int = 0, traceback: bool = False) -> None:
         """Run a script to its end; the code that it must end with, and whether it may complain on its way."""
-        self.finish(self.start_script(code), check=check, traceback=traceback)
+        self.finish(self.start_script(code, first=first), check=check, traceback=traceback)
 
     def finish(self, process: subprocess.Popen[bytes], *, check: int = 0, traceback: bool = False) -> None:
         found = process.wait(timeout=58)

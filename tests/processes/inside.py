@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from statbuffer import Batch
 
-PATIENCE = 40
+PATIENCE = 30
 """Seconds after which a process that still runs shows where all its threads are, and ends."""
 
 FOLDER = os.environ["GROUND"]
@@ -62,9 +62,9 @@ def count(views: StatBuffer, key: str, times: int) -> None:
 def settle(views: StatBuffer) -> None:
     """What has to be called before `os._exit`."""
     if JOURNAL:
-        views.sync(timeout=30)
+        views.sync(timeout=15)
     else:
-        views.flush(timeout=30)
+        views.flush(timeout=15)
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:

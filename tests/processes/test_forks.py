@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
+
+from tests.processes.ground import eventually
 
 pytestmark = pytest.mark.timeout(60)
 
 
 def test_a_buffer_made_before_the_fork_and_started_after_it_counts_once_in_every_process(ground):
-    # Fails: all processes get the writer id that was drawn when the buffer was made, so that the store, or the journal, takes
-    # what the second one delivers for a repeat of the first one's. See `_lifecycle._renew_all`: only running buffers are renewed.
     ground.run("""
     views = make()
     for number in range(4):
@@ -25,7 +27,6 @@ def test_a_buffer_made_before_the_fork_and_started_after_it_counts_once_in_every
 
 
 def test_a_buffer_that_was_stopped_before_the_fork_counts_once_in_every_process_that_starts_it_again(ground):
-    # Fails as the one above does.
     ground.run("""
     views = make().start()
     count(views, "parent", 1)
@@ -93,7 +94,7 @@ def test_children_of_children_count_once_each(ground):
 
 
 BUSY = """
-views = make(interval=0.02, sync_interval=0.005).start()
+views = {store}(interval=0.02, sync_interval=0.005).start()
 done = threading.Event()
 def work(name):
     counted, increment = 0, views.increment
@@ -102,16 +103,21 @@ def work(name):
             increment(name)
         counted += 100
     report(name, counted)
-threads = [threading.Thread(target=work, args=(f"thread {number}",)) for number in range(2)]
+threads = [threading.Thread(target=work, args=(f"thread {{number}}",)) for number in range({threads})]
 for thread in threads: thread.start()
 """
 
 
-def test_twenty_forks_under_full_load_from_one_thread(ground):
-    ground.run(
-        BUSY
-        + "\n"
-        + """
+LOADS = [
+    ("make", 1),
+    pytest.param("Lines", 1, marks=pytest.mark.torture),
+    pytest.param("make", 2, marks=pytest.mark.torture),  # each thread that never waits makes a fork 0.3 s longer
+]
+
+
+@pytest.mark.parametrize(("store", "threads"), LOADS)
+def test_twenty_forks_under_full_load_from_one_thread(ground, store, threads):
+    code = """
 for number in range(20):
     if os.fork() == 0:
         count(views, "child", 50)
@@ -128,20 +134,16 @@ else:
     for thread in threads: thread.join()
     assert codes == [0] * 20, codes
 """
-    )
+    ground.run(BUSY.format(store=store, threads=threads) + code)
     ground.assert_exact()
 
 
-def test_forks_under_full_load_from_three_threads_at_once(ground):
-    # Fails with a journal, by a deadlock of the parent: `_lifecycle._forking` is one list for all threads that fork. The one
-    # that is through clears it, the other one then finds nobody whose locks to release.
-    ground.run(
-        BUSY
-        + "\n"
-        + """
+@pytest.mark.parametrize(("store", "threads"), LOADS)
+def test_forks_under_full_load_from_three_threads_at_once(ground, store, threads):
+    code = """
 codes = []
 def forks():
-    for _ in range(7):
+    for _ in range(5):
         pid = os.fork()
         if pid == 0:  # no atexit functions run where a forked thread ends
             count(views, "child", 50)
@@ -153,10 +155,87 @@ for thread in forkers: thread.start()
 for thread in forkers: thread.join()
 done.set()
 for thread in threads: thread.join()
-assert codes == [0] * 21, codes
+assert codes == [0] * 15, codes
 """
-    )
+    ground.run(BUSY.format(store=store, threads=threads) + code)
     ground.assert_exact()
+
+
+@pytest.mark.parametrize("imported_first", ["concurrent.futures.thread", "statbuffer"])
+def test_threads_that_fork_while_a_move_is_under_way_get_all_their_children(journaled, imported_first):
+    code = """
+    views = make().start()
+    count(views, "parent", 1)
+    views.sync()
+    codes = []
+    def fork():
+        pid = os.fork()
+        if pid == 0:
+            count(views, "child", 1)
+            settle(views)
+            os._exit(0)
+        codes.append(os.waitpid(pid, 0)[1])
+    forkers = [threading.Thread(target=fork) for _ in range(3)]
+    with views._journal._mover.transaction():  # a slow disk
+        for thread in forkers: thread.start()
+        time.sleep(0.3)
+    for thread in forkers: thread.join()
+    count(views, "parent", 1)
+    views.sync()
+    assert codes == [0] * 3, codes
+    """
+    journaled.run(code, first=f"import {imported_first}")
+    journaled.assert_exact()
+
+
+def test_a_fork_in_the_middle_of_a_transaction_leaves_the_child_a_store_that_it_can_write(ground):
+    ground.run("""
+    from sqlalchemy import create_engine, event
+    from statbuffer import SQLSink
+    engine, inside, slow = create_engine(f"sqlite:///{FOLDER}/store.db"), threading.Event(), True
+    @event.listens_for(engine, "after_cursor_execute")
+    def pause(connection, cursor, statement, *_):
+        if slow and statement.startswith("INSERT"):
+            inside.set()
+            time.sleep(0.5)
+    views = StatBuffer(SQLSink(engine), **options(interval=0.05)).start()
+    count(views, "parent", 3)
+    assert inside.wait(20)
+    pid = os.fork()
+    slow = False
+    count(views, "child" if pid == 0 else "parent", 4)
+    settle(views)
+    if pid == 0:
+        os._exit(0)
+    assert os.wait()[1] == 0
+    """)
+    ground.assert_exact()
+
+
+def test_a_child_whose_parent_was_killed_in_a_transaction_goes_on_with_the_delivery(journaled):
+    parent = journaled.start_script("""
+    from sqlalchemy import create_engine, event
+    from statbuffer import SQLSink
+    engine, inside, slow = create_engine(f"sqlite:///{FOLDER}/store.db"), threading.Event(), True
+    @event.listens_for(engine, "after_cursor_execute")
+    def pause(connection, cursor, statement, *_):
+        if slow and statement.startswith("INSERT"):
+            inside.set()
+            time.sleep(1.0)
+    views = StatBuffer(SQLSink(engine), **options(interval=0.05)).start()
+    count(views, "parent", 3)
+    views.sync()
+    assert inside.wait(20)
+    if os.fork():
+        os.kill(os.getpid(), signal.SIGKILL)
+    slow = False
+    count(views, "child", 4)
+    views.flush(timeout=10)
+    touch("flushed")
+    """)
+    assert parent.wait(20) == -signal.SIGKILL
+    eventually((journaled.path / "flushed").exists, 15, "the child delivers")
+    assert journaled.stored() == journaled.accepted()
 
 
 def test_a_fork_in_the_middle_of_a_delivery_delivers_it_once(ground):

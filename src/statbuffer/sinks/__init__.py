@@ -9,6 +9,7 @@ has them:
 | `check_key(key)` | by the caller of `increment`, once for each key that is new to the table | `TypeError`: the key can't be stored; the increment is not accepted |
 | `totals(keys)` | by `total()` in the caller's thread; returns a mapping, keys without a row left out | anything; it reaches the caller |
 | `applied(batch)` | by `total()`: is this batch, whose outcome is unknown, stored? And once by the process that delivers from a journal, before its first batch | anything |
+| `before_fork()`, `after_fork_in_parent()` | around each fork, in the thread that forks | nothing |
 | `after_fork()` | in the child, before its first use of the sink: drop inherited connections without closing them | nothing |
 | `close()` | by `stop()`, in its thread, after the last batch | nothing |
 

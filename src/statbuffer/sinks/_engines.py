@@ -79,5 +79,10 @@ def _set_timeouts(connection: Any, _record: object) -> None:
     connection.commit()
 
 
+def is_file(engine: Engine) -> bool:
+    """Whether the database is a file that this process opens itself: SQLite, and not in memory."""
+    return engine.dialect.name == "sqlite" and not isinstance(engine.pool, (sa.StaticPool, sa.SingletonThreadPool))
+
+
 def unknown_database(name: str) -> SinkError:
     return SinkError(f"database {name!r} is not supported: expected sqlite, postgresql, mysql or mariadb")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -22,7 +22,8 @@ from sqlalchemy import exc
 
 from statbuffer._errors import NotApplied, Rejected, SinkError
 from statbuffer.sinks._dialects import dialect_for
-from statbuffer.sinks._engines import engine_of
+from statbuffer.sinks._engines import engine_of, is_file
+from statbuffer.sinks._forks import ForkGate
 from statbuffer.sinks._schema import Schema
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class SQLSink:
         self._create = create
         self._slots = slots
         self._dialect = dialect_for(self._engine)
+        self._gate = ForkGate() if is_file(self._engine) else None
         self._opening = threading.Lock()
         self._looked = self._is_open = self._unchecked = False
         self._schema = Schema(
@@ -127,9 +129,14 @@ class SQLSink:
                     self._look(connection)
 
     @contextmanager
+    def _connected(self) -> Iterator[Connection]:
+        with self._gate.inside() if self._gate else nullcontext(), self._engine.connect() as connection:
+            yield connection
+
+    @contextmanager
     def _connect_or_say_why(self) -> Iterator[Connection]:
         try:
-            with self._engine.connect() as connection:
+            with self._connected() as connection:
                 yield connection
         except exc.DBAPIError as error:
             if self._dialect.is_unreachable(error):
@@ -163,9 +170,21 @@ class SQLSink:
         if self._own:
             self._engine.dispose()
 
+    def before_fork(self) -> None:
+        """With a SQLite file: wait until nobody is in it, and close the connections."""
+        if self._gate is not None:
+            self._gate.shut()
+            self._engine.dispose()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        if self._gate is not None:
+            self._gate.open()
+
     def after_fork(self) -> None:
         """Leave the parent's connections alone. See SQLAlchemy's "Using Connection Pools with Multiprocessing"."""
         self._opening = threading.Lock()
+        self._gate = ForkGate() if self._gate is not None else None
         self._engine.dispose(close=False)
 
     # Keys
@@ -229,7 +248,7 @@ class SQLSink:
         """Run the one transaction; return the keys that were rejected, and then nothing is stored."""
         committing = False
         try:
-            with self._engine.connect() as connection:
+            with self._connected() as connection:
                 if not self._is_new(connection, batch):
                     return {}
                 rejected = (
@@ -314,7 +333,7 @@ class SQLSink:
         """Whether the batch is stored, by its writer's watermark."""
         self._open_to_read()
         writers = self._writers
-        with self._engine.connect() as connection:
+        with self._connected() as connection:
             seq = connection.execute(sa.select(writers.c.seq).where(writers.c.writer == batch.writer)).scalar()
         return seq is not None and batch.seq <= seq
 
@@ -325,7 +344,7 @@ class SQLSink:
         statement = sa.select(*self._keys, total)
         if self._slots > 1:
             statement = statement.group_by(*self._keys)
-        with self._engine.connect() as connection:
+        with self._connected() as connection:
             if keys is None:
                 return {self._key_of(row[:-1]): int(row[-1]) for row in connection.execute(statement)}
             source = self._dialect.rows_source(self._keys)
@@ -351,14 +370,14 @@ class SQLSink:
         self._open_to_read()
         total = sa.func.sum(self._count)
         statement = sa.select(*self._keys, total).group_by(*self._keys).order_by(total.desc(), *self._keys).limit(limit)
-        with self._engine.connect() as connection:
+        with self._connected() as connection:
             return [(self._key_of(row[:-1]), int(row[-1])) for row in connection.execute(statement)]
 
     def summary(self) -> tuple[int, int]:
         """Return the number of keys and the sum of their counts."""
         self._open_to_read()
         keys = sa.select(*self._keys, sa.func.sum(self._count).label("total")).group_by(*self._keys).subquery()
-        with self._engine.connect() as connection:
+        with self._connected() as connection:
             row = connection.execute(
                 sa.select(sa.func.count(), sa.func.coalesce(sa.func.sum(keys.c.total), 0)).select_from(keys)
             ).one()
