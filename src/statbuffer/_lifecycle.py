@@ -1,8 +1,8 @@
 """What happens to running buffers when their process forks or ends.
 
 Exit: `atexit` runs after the interpreter has joined the application's non-daemon threads, so they can count until
-their end, and before it refuses new threads. Children made by `multiprocessing` leave by `os._exit` and run no `atexit`
-functions, but they do run `multiprocessing.util.Finalize` callbacks.
+their end, and before it refuses new threads. Children made by `multiprocessing` and by Celery leave by `os._exit` and run no
+`atexit` functions, but the former run `multiprocessing.util.Finalize` callbacks and the latter send `worker_process_shutdown`.
 
 Fork: the child has the parent's memory but none of its threads. The parent still owns the counts, so the child drops
 them, and starts anew with a writer id of its own. The journal's connections are closed for the moment of the fork.
@@ -47,14 +47,21 @@ def leave(buffer: StatBuffer) -> None:
 
 
 def on_thread_start() -> None:
-    """Arrange for the exit of a `multiprocessing` child. Late, since `multiprocessing` forgets what it inherited."""
+    """Arrange for the exits that run no `atexit` functions. Late: `multiprocessing` forgets what it inherited."""
     global _finalized_pid  # noqa: PLW0603  # once a process
+    signals = sys.modules.get("celery.signals")
+    if signals is not None:
+        signals.worker_process_shutdown.connect(_on_celery_exit, weak=False, dispatch_uid="statbuffer")
     util = sys.modules.get("multiprocessing.util")
     process = sys.modules.get("multiprocessing.process")
     if util is None or process is None or process.parent_process() is None or _finalized_pid == os.getpid():
         return
     _finalized_pid = os.getpid()
     util.Finalize(None, _stop_all, exitpriority=0)
+
+
+def _on_celery_exit(**_: object) -> None:
+    _stop_all()
 
 
 def _stop_all() -> None:

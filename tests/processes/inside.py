@@ -44,12 +44,12 @@ class Lines(StatBuffer):
         super().__init__(**options(**more))
 
     def handle_batch(self, batch: Batch) -> None:
-        _append("lines", "".join(f"{key} {count}\n" for key, count in batch.counts.items()))
+        append("lines", "".join(f"{key} {count}\n" for key, count in batch.counts.items()))
 
 
 def report(key: str, count: int) -> None:
     """Say that so many counts were accepted, once and for all."""
-    _append("accepted", f"{key} {count}\n")
+    append("accepted", f"{key} {count}\n")
 
 
 def count(views: StatBuffer, key: str, times: int) -> None:
@@ -78,7 +78,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 20.0) -> None:
 
 def touch(name: str) -> None:
     """Tell the test that something has happened."""
-    _append(name, "x")
+    append(name, "x")
 
 
 def seen(name: str) -> bool:
@@ -86,7 +86,8 @@ def seen(name: str) -> bool:
     return os.path.exists(f"{FOLDER}/{name}")  # noqa: PTH110  # in a signal handler too
 
 
-def _append(name: str, text: str) -> None:
+def append(name: str, text: str) -> None:
+    """One O_APPEND write, which other processes see whole."""
     fd = os.open(f"{FOLDER}/{name}", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
         os.write(fd, text.encode())
