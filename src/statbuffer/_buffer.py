@@ -26,8 +26,7 @@ from statbuffer._options import Options
 from statbuffer._report import StopReport
 from statbuffer._stats import Ledger, Stats
 from statbuffer._table import CounterTable
-from statbuffer.sinks import Sink, make_sink
-from statbuffer.sinks.callback import BatchCallbackSink, CallbackSink
+from statbuffer.sinks import choose_sink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable, Iterable, Mapping
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from statbuffer._clock import Clock
     from statbuffer._journal import Journal
     from statbuffer._journaled import Journaled
+    from statbuffer.sinks import Sink
 
 log = logging.getLogger("statbuffer")
 
@@ -72,7 +72,7 @@ class StatBuffer:
     ) -> None:
         self.options = self.class_options.replace(**options)
         """The options in force; frozen."""
-        self.sink = self._choose_sink(sink)
+        self.sink = choose_sink(self, sink, workers=self.options.workers)
         self._clock = clock
         self._state = "new"
         self._state_lock = threading.RLock()
@@ -96,23 +96,6 @@ class StatBuffer:
         self._table.close()
         self._assemble()
         _lifecycle.know(self)
-
-    def _choose_sink(self, sink: Sink | str | Callable[[Any, int], object] | None) -> Sink:
-        name = type(self).__name__
-        handlers = [method for method in ("handle_flush", "handle_batch") if hasattr(self, method)]
-        given = ["a sink"] * (sink is not None) + handlers
-        if not given:
-            raise TypeError(
-                f"{name} has nowhere to deliver to: pass a sink ({name}('sqlite:///counts.db'), a function of (key, count) or "
-                "a Sink), or define handle_flush(self, key, count) or handle_batch(self, batch) in a subclass"
-            )
-        if len(given) > 1:
-            raise TypeError(f"{name} has {' and '.join(given)}: counts go to one place only, keep one of them")
-        if sink is not None:
-            return make_sink(sink, workers=self.options.workers)
-        if handlers == ["handle_flush"]:
-            return CallbackSink(self.handle_flush, workers=self.options.workers)  # type: ignore[attr-defined]
-        return BatchCallbackSink(self.handle_batch)  # type: ignore[attr-defined]
 
     def _assemble(self) -> None:
         """Make what a forked child must not share with its parent."""
@@ -146,11 +129,7 @@ class StatBuffer:
         with self._state_lock:
             if self._state == "running":
                 return self
-            for delivery in (self._delivery, *([self._journaled.relay.delivery] if self._journaled else [])):
-                try:
-                    delivery.open()
-                except NotApplied as error:
-                    log.warning("%r can't be reached yet; counts are kept until it can: %s", delivery.sink, error)
+            self._open()
             self._table.open()
             self._state = "running"
             for name in ("increment", "update"):
@@ -161,6 +140,18 @@ class StatBuffer:
                 self._journaled.resume()
             _lifecycle.enter(self)
         return self
+
+    def _open(self) -> None:
+        deliveries = [self._delivery] + ([self._journaled.relay.delivery] if self._journaled else [])
+        for delivery in deliveries:
+            try:
+                delivery.open()
+            except NotApplied as error:
+                log.warning("%r can't be reached yet; counts are kept until it can: %s", delivery.sink, error)
+            except Exception:
+                if self._journal is not None:
+                    self._journal.close()
+                raise
 
     def stop(self, timeout: float | None = _SHUTDOWN) -> StopReport:
         """Refuse increments from now on, deliver what is left, and report what could not be delivered.
@@ -395,10 +386,8 @@ class StatBuffer:
     def total(self, key: Hashable) -> int:
         """Return what is stored, in flight and pending for `key`, and what is in the journal, of all processes of the host.
 
-        Reads the store: raises what that raises.
-
-        Waits for an attempt that is under way, so that no batch is seen twice or missed. `TypeError` if the sink can't
-        read (a callback can't).
+        Reads the store: raises what that raises. Waits for an attempt that is under way, so that no batch is seen twice or
+        missed. `TypeError` if the sink can't read (a callback can't).
         """
         return self.totals([key])[key]
 

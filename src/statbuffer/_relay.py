@@ -19,6 +19,7 @@ from statbuffer._delivery import Delivery
 from statbuffer._errors import NotApplied
 from statbuffer._journal._file import Damaged
 from statbuffer._journal._seals import Seals
+from statbuffer._journal._takeover import Takeover
 
 if TYPE_CHECKING:
     from statbuffer._batch import Batch
@@ -39,18 +40,20 @@ _END: Final = -1.0
 class _Checked:
     """The sink, which is asked whether it has a batch already before it is offered for the first time."""
 
-    def __init__(self, sink: Sink, seals: Seals) -> None:
+    def __init__(self, sink: Sink, seals: Seals, takeover: Takeover) -> None:
         self._sink = sink
         self._seals = seals
+        self._takeover = takeover
         self.exact = sink.exact
         self.renewed = False
         if hasattr(sink, "open"):
             self.open = sink.open
 
     def apply(self, batch: Batch) -> None:
-        if self._seals.must_renew(batch):
+        if self._seals.fresh and self._takeover.must_renew(batch):
             self.renewed = True
             raise NotApplied(f"the journal is a copy: what batch {batch.id} was to hold goes on under another id")
+        self._seals.fresh = False
         self._sink.apply(batch)
 
     def __repr__(self) -> str:
@@ -68,8 +71,9 @@ class Relay:
         self._clock = clock
         self._name = name
         self._stays = stays
-        self.seals = Seals(journal, options, clock.monotonic, getattr(sink, "applied", None))
-        self._sink = _Checked(sink, self.seals)
+        self.seals = Seals(journal, options, clock.monotonic)
+        self._takeover = Takeover(journal, getattr(sink, "applied", None))
+        self._sink = _Checked(sink, self.seals, self._takeover)
         self.delivery = Delivery(self._sink, self.seals, options, clock)
         self._lock = threading.RLock()
         self._alarm = clock.alarm()
@@ -167,7 +171,7 @@ class Relay:
                 return _END if self._journal.is_empty() and not self._stays else STANDBY
             self.tried.set()
             if self._journal.directory.suspect.exists():
-                self.seals.check()
+                self._takeover.check()
             now = self._clock.monotonic()
             if self.delivery.resume_at > now and not self._is_hurried():
                 self.seals.fold()
@@ -193,7 +197,7 @@ class Relay:
         self.delivery.forget()
         self._idle_since = None
         try:
-            self.seals.adopt()
+            self._takeover.adopt()
         except Damaged:
             raise  # to be mended under the lock
         except BaseException:
@@ -212,6 +216,7 @@ class Relay:
         return self.delivery.resume_at <= self._clock.monotonic()
 
     def _take(self, now: float) -> bool:
+        self._takeover.salvage()
         batch, moved = self.seals.take(now)
         if batch is None:
             return False
@@ -241,7 +246,7 @@ class Relay:
 
     def _replace_file(self, error: Damaged) -> float:
         try:
-            self.seals.set_aside()
+            self._takeover.set_aside()
         except Exception as trouble:  # noqa: BLE001  # as in _safe_step
             return self._note_trouble(trouble)
         log.error("%r: %s", self._journal, error)

@@ -226,17 +226,17 @@ def test_a_foreign_file_is_set_aside(tmp_path, caplog, content, directory):
 
 
 def test_a_damaged_file_is_salvaged_once_though_the_process_dies_in_between(clean, tmp_path, monkeypatch):
-    from statbuffer._journal import _seals
+    from statbuffer._journal import _takeover
 
     folder = tmp_path / "j"
     shutil.copytree(clean.path, folder)
     flip(FILE, page_of(folder, "moves"))(folder / "live")
-    original = _seals.salvage
+    original = _takeover.salvage
 
     def die(*_args):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(_seals, "salvage", die)
+    monkeypatch.setattr(_takeover, "salvage", die)
     sink, clock = MemorySink(), FakeClock()
     sink.counts.update(clean.stored)
     sink._watermarks.update(clean.watermarks)
@@ -246,7 +246,7 @@ def test_a_damaged_file_is_salvaged_once_though_the_process_dies_in_between(clea
     assert views.stats().failing
     assert "no space left" in (views.stats().last_error or "")
     views.stop(1.0)
-    monkeypatch.setattr(_seals, "salvage", original)
+    monkeypatch.setattr(_takeover, "salvage", original)
     for _ in range(2):
         views = StatBuffer(sink, clock=clock, journal=folder, interval=1.0, fsync=False).start()
         clock.advance(30.0)

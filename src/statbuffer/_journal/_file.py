@@ -79,6 +79,8 @@ CHECKED: Final = {
     "dead": "row_crc(id, key, writer, count, reason, batch, at)",
 }
 """What each row's `crc` must be."""
+MOVE_CRC: Final = CHECKED["moves"].replace("seal,", "{seal},")
+"""The same of a move, whose seal is about to become another."""
 
 
 class Damaged(NotApplied):

@@ -6,22 +6,19 @@ is on the disk already. Nothing but this changes a move after it was written.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
 import os
 import random
-import shutil
 import socket
 import sqlite3
 import time
 from collections import defaultdict
 from typing import TYPE_CHECKING, Final
 
-from statbuffer._batch import Batch, new_writer_id
-from statbuffer._journal._check import problems
-from statbuffer._journal._file import Damaged, connect, row_crc, values_with_crc
+from statbuffer._batch import Batch
+from statbuffer._journal._file import MOVE_CRC, Damaged, row_crc, values_with_crc
 from statbuffer._journal._rows import (
     add_dead,
     add_up,
@@ -29,18 +26,14 @@ from statbuffer._journal._rows import (
     dump_texts,
     insert_move,
     insert_sealed,
-    offer,
     offer_next,
     read_writer,
-    write_meta,
     write_writer,
 )
-from statbuffer._journal._salvage import salvage
 from statbuffer._keys import UnknownText, decode
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Hashable, Mapping
-    from pathlib import Path
 
     from statbuffer._batch import Settlement
     from statbuffer._journal import Journal
@@ -50,9 +43,6 @@ log = logging.getLogger("statbuffer")
 
 _FOLD_AT: Final = 64
 """Moves of one buffer that wait behind a failing store before they are folded into one."""
-_KEEP_WRITERS: Final = 86_400.0
-"""Seconds after which the books of a buffer that has nothing here any more are forgotten."""
-_MOVE_CRC: Final = "row_crc(id, writer, seq, origin, moved, not_before, at, total, {seal}, counts_crc)"
 
 _MERGED: Final = (
     "SELECT json_group_object(key, n) FROM (SELECT key, n, (row_number() OVER () - 1) / :size AS part FROM ("
@@ -72,132 +62,18 @@ class Seals:
         journal: Journal,
         options: Options,
         monotonic: Callable[[], float],
-        applied: Callable[[Batch], bool] | None = None,
     ) -> None:
         self._journal = journal
-        self._applied = applied
-        self._copied = False
-        self._inherited = 0  # the latest move that was there when this process took over
         self._options = options
         self._monotonic = monotonic
         self._file = journal.relay_file
         self._jitter = 0.0
-        self._asides: list[Path] = []
         self._keys: dict[str, Hashable] = {}  # of the batch on offer, by text
         self.batches = self.attempts = self.failures = 0
         self.stored = 0
         self.last_flush_seconds: float | None = None
         self.fresh = False
         """Whether the batch on offer was sealed here and not offered yet."""
-
-    # Taking over
-
-    def adopt(self) -> None:
-        """Look through what another process has left. Raises `Damaged`, `NotApplied`."""
-        directory = self._journal.directory
-        self.check()
-        self._salvage()
-        for left in directory.path.glob("new-*"):
-            if time.time() - left.stat().st_mtime > 60:  # noqa: PLR2004  # somebody died while making it
-                shutil.rmtree(left, ignore_errors=True)
-        with self._file.transaction() as connection:
-            journal, inode = connection.execute("SELECT journal, inode FROM meta").fetchone()
-            if inode != directory.file.stat().st_ino:
-                log.warning(
-                    "journal %s was copied or restored (it was %s): it gets an id of its own", directory, journal
-                )
-                self._copied = True
-            self._forget_writers(connection)
-            (self._inherited,) = connection.execute("SELECT coalesce(max(id), 0) FROM moves").fetchone()
-
-    def check(self) -> None:
-        """Raise `Damaged` if the file is not what was written."""
-        with self._file.snapshot() as connection:
-            if found := problems(connection):
-                raise Damaged("; ".join(found[:5]))
-        self._journal.directory.suspect.unlink(missing_ok=True)
-
-    def set_aside(self) -> None:
-        """Replace a damaged file by a new one that has what could be read of it."""
-        directory = self._journal.directory
-        directory.suspect.unlink(missing_ok=True)
-        if directory.live.exists():
-            aside = directory.set_aside()
-            log.error(
-                "journal %s is damaged; it is set aside as %s, and what can be read of it is delivered",
-                directory,
-                aside,
-            )
-        self._salvage()
-
-    def _salvage(self) -> None:
-        """Read what was set aside. Of two that have a batch on offer the second has to wait until that is settled."""
-        self._asides = self._journal.directory.to_salvage()
-        while self._asides and self._offered() is None:
-            salvage(self._asides[0], self._file, self._applied)
-            del self._asides[0]
-
-    def must_renew(self, batch: Batch) -> bool:
-        """Look whether a batch that was sealed here has an id that the store has seen; if so, mend it. Raises as the sink.
-
-        Such a file is an old state of one that went on: restored, or its write-ahead log was cut short. A seal takes all that
-        waits, so what waited in that state was in the batch that the store has: it is left out. What has been moved since
-        goes on under a new id.
-        """
-        if not self.fresh:
-            return False
-        if self._applied is not None and self._applied(batch):
-            self._leave_out(batch)
-            return True
-        self.fresh = False
-        if not self._copied:
-            return False
-        with self._file.transaction() as connection:
-            (sealed,) = connection.execute("SELECT sealed FROM offer").fetchone()
-            connection.execute("DELETE FROM offer")
-            self._renew(connection)
-            offer(connection, sealed)
-        return True
-
-    def _leave_out(self, batch: Batch) -> None:
-        copy = self._keep_copy()
-        with self._file.transaction() as connection:
-            (totals,) = connection.execute(
-                "SELECT group_concat(total, ' ') FROM moves WHERE id <= ?", (self._inherited,)
-            ).fetchone()
-            connection.execute("DELETE FROM moves WHERE id <= ?", (self._inherited,))
-            connection.execute("DELETE FROM contents WHERE move <= ?", (self._inherited,))
-            connection.execute("DELETE FROM sealed")
-            connection.execute("DELETE FROM offer")
-            connection.execute(f"UPDATE moves SET seal = 0, crc = {_MOVE_CRC.format(seal='0')} WHERE seal <> 0")
-            self._renew(connection)
-        log.error(
-            "%r is an old copy: the store has batch %s already, which was never offered. %d counts that it held are left out, "
-            "since the store most likely has them; a copy is kept as %s",
-            self._journal,
-            batch.id,
-            add_up(totals),
-            copy,
-        )
-
-    def _keep_copy(self) -> Path:
-        """Copy the file by SQLite's own means: who opens and closes it beside SQLite undoes this process's locks."""
-        folder = self._journal.directory.unused("kept")
-        folder.mkdir()
-        with self._file.snapshot() as connection, contextlib.closing(connect(folder / "journal.sqlite3")) as copy:
-            connection.backup(copy)
-        return folder
-
-    def _renew(self, connection: sqlite3.Connection) -> None:
-        (target,) = connection.execute("SELECT target FROM meta").fetchone()
-        write_meta(connection, new_writer_id(), 0, target, self._journal.directory.file.stat().st_ino)
-        self._copied = False
-
-    def _forget_writers(self, connection: sqlite3.Connection) -> None:
-        connection.execute(
-            "DELETE FROM writers WHERE at < ? AND writer NOT IN (SELECT writer FROM moves UNION SELECT writer FROM dead)",
-            (time.time() - _KEEP_WRITERS,),
-        )
 
     # From moves to a batch
 
@@ -226,8 +102,6 @@ class Seals:
         self.fresh = inherited is None
         if inherited is not None:
             return inherited
-        if self._asides:
-            self._salvage()
         if self.due_in(now) == 0.0:
             self._seal(now)
             self._jitter = random.random() * self._options.jitter  # noqa: S311  # spreads writes, guards no secret
@@ -277,7 +151,7 @@ class Seals:
         with self._file.transaction() as connection:
             (seal,) = connection.execute("SELECT max(value) FROM json_each(?)", (moves,)).fetchone()
             connection.execute(
-                f"UPDATE moves SET seal = ?1, crc = {_MOVE_CRC.format(seal='?1')} "
+                f"UPDATE moves SET seal = ?1, crc = {MOVE_CRC.format(seal='?1')} "
                 "WHERE id IN (SELECT value FROM json_each(?2))",
                 (seal, moves),
             )
@@ -291,7 +165,7 @@ class Seals:
     def _merge(self, connection: sqlite3.Connection, moves: str) -> list[str]:
         wrong = connection.execute(
             f"SELECT 1 FROM moves LEFT JOIN contents ON move = id WHERE id IN (SELECT value FROM json_each(?)) "
-            f"AND (crc IS NOT {_MOVE_CRC.format(seal='seal')} OR counts_crc IS NOT row_crc(counts)) LIMIT 1",
+            f"AND (crc IS NOT {MOVE_CRC.format(seal='seal')} OR counts_crc IS NOT row_crc(counts)) LIMIT 1",
             (moves,),
         ).fetchone()
         if wrong:
@@ -406,7 +280,7 @@ class Seals:
         connection.execute(
             "UPDATE moves SET total = ?, counts_crc = ? WHERE id = ?", (str(sum(counts.values())), row_crc(text), move)
         )
-        connection.execute(f"UPDATE moves SET crc = {_MOVE_CRC.format(seal='seal')} WHERE id = ?", (move,))
+        connection.execute(f"UPDATE moves SET crc = {MOVE_CRC.format(seal='seal')} WHERE id = ?", (move,))
 
     def _finish(self, connection: sqlite3.Connection, seal: int) -> None:
         """All batches of a seal are settled: what is left in its moves is stored."""

@@ -49,6 +49,26 @@ class Sink(Protocol):
         """
 
 
+def choose_sink(owner: object, sink: Sink | str | Callable[[Any, int], object] | None, *, workers: int) -> Sink:
+    """Return the one sink that a buffer has: the one that was passed, or its handler. Raises `TypeError` for none or two."""
+    name = type(owner).__name__
+    handlers = [method for method in ("handle_flush", "handle_batch") if hasattr(owner, method)]
+    given = ["a sink"] * (sink is not None) + handlers
+    if not given:
+        raise TypeError(
+            f"{name} has nowhere to deliver to: pass a sink ({name}('sqlite:///counts.db'), a function of (key, count) or "
+            "a Sink), or define handle_flush(self, key, count) or handle_batch(self, batch) in a subclass"
+        )
+    if len(given) > 1:
+        raise TypeError(f"{name} has {' and '.join(given)}: counts go to one place only, keep one of them")
+    if sink is not None:
+        return make_sink(sink, workers=workers)
+    from statbuffer.sinks.callback import BatchCallbackSink, CallbackSink
+
+    handler = getattr(owner, handlers[0])
+    return CallbackSink(handler, workers=workers) if handlers == ["handle_flush"] else BatchCallbackSink(handler)
+
+
 def make_sink(sink: Sink | str | Callable[[Any, int], object], *, workers: int) -> Sink:
     """Return the sink that `sink` is or stands for; nothing is opened. Raises `TypeError` or `SinkError`."""
     if isinstance(sink, str):
