@@ -736,3 +736,17 @@ def test_the_file_says_what_it_is(journaled, clock, sink, directory):
     assert rows(directory, "PRAGMA user_version") == [(1,)]
     ((text,),) = rows(directory, "SELECT counts FROM contents")
     assert json.loads(text) == {"(2:st2:i1": 3}
+
+
+def test_a_fork_that_python_did_not_see_is_told_and_counts_wait_in_memory(journaled, clock, sink):
+    """As in uWSGI, which forks in C: the child's hook runs, the one before the fork did not."""
+    views = journaled(sink)
+    views.increment("a")
+    clock.advance(0.2)
+    views._journal.after_fork()
+    views.increment("b", 2)
+    clock.advance(30.0)
+    stats = views.stats()
+    assert stats.failing
+    assert "forked by something other than Python; start() the buffer after the fork" in (stats.last_error or "")
+    assert stats.pending + stats.in_flight == 2
