@@ -185,9 +185,7 @@ class StatBuffer:
         ended = [self._flusher.ended]
         closing: list[Any] = [self.sink]
         if self._journaled is not None:
-            if timeout != 0:
-                self._journaled.drain(_left(deadline, self._clock))
-            self._journaled.halt()
+            self._journaled.finish(_left(deadline, self._clock))
             ended.append(self._journaled.relay.ended)
             closing.append(self._journal)
         if all(self._clock.wait(event, _left(deadline, self._clock)) for event in ended):

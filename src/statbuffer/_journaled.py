@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from statbuffer._batch import Batch
 from statbuffer._errors import FlushFailed, FlushTimeout, NotApplied, StatBufferError, Stopped
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from statbuffer.sinks import Sink
 
 log = logging.getLogger("statbuffer")
+
+_LOOKS: Final = 3
+"""How often a process that ends looks for what others have left since: while they live, they will deliver themselves."""
 
 
 def open_journal(sink: Sink, options: Options, monotonic: Callable[[], float]) -> Journal:
@@ -93,13 +96,37 @@ class Journaled:
             if dead > 0 or dropped > 0:
                 raise FlushFailed(max(dead, 0), max(dropped, 0))
 
-    def drain(self, timeout: float | None) -> None:
-        """Deliver what is in the journal, if this process is the one to do so; another one that is will go on with it."""
+    def finish(self, timeout: float | None) -> None:
+        """Deliver what is in the journal, if this process is the one to do so, and end the relay; at once with timeout 0.
+
+        A process that ends at the same time and finds the lock taken leaves its counts here. So, once the lock is free, one
+        more look: whoever has moved counts before that saw it taken, whoever moves some later finds it free.
+        """
         deadline = math.inf if timeout is None else self._clock.monotonic() + timeout
+        for _ in range(_LOOKS):
+            left = deadline - self._clock.monotonic()
+            if left <= 0:
+                break
+            self._drain(deadline)
+            self.relay.halt(close=False)
+            ended = self._clock.wait(self.relay.ended, max(0.0, deadline - self._clock.monotonic()))
+            if not ended or self._is_empty():
+                break
+            self.relay.resume()
+        self._halted = True
+        self.relay.halt(close=True)
+
+    def _is_empty(self) -> bool:
+        try:
+            return self._journal.is_empty()
+        except NotApplied:
+            return True
+
+    def _drain(self, deadline: float) -> None:
         upto: int | None = None
         self.relay.tried.clear()
         self.relay.wake()
-        self._clock.wait(self.relay.tried, timeout)
+        self._clock.wait(self.relay.tried, None if deadline == math.inf else deadline - self._clock.monotonic())
         while self.relay.delivers and (left := deadline - self._clock.monotonic()) > 0:
             progress = self.relay.progress
             try:
@@ -115,11 +142,6 @@ class Journaled:
         """Have what is in the journal delivered."""
         self._halted = False
         self.relay.resume()
-
-    def halt(self) -> None:
-        """Have the relay's thread end."""
-        self._halted = True
-        self.relay.halt()
 
     # Asking
 

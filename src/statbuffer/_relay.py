@@ -81,6 +81,7 @@ class Relay:
         self._starting = False
         self._again = False
         self._halted = False
+        self._closes = False
         self._flush_asked = False
         self._idle_since: float | None = None
         self._hurried_to = 0
@@ -126,14 +127,14 @@ class Relay:
         self._flush_asked = True
         self.wake()
 
-    def halt(self) -> None:
-        """Have the thread end, and the lock freed, after the attempt that is under way."""
-        self._halted = True
+    def halt(self, *, close: bool) -> None:
+        """Have the thread end, and the lock freed, after the attempt that is under way; then close the journal, or not."""
+        self._halted, self._closes = True, close
         self._alarm.ring()
 
     def resume(self) -> None:
         """Take up work again after `halt`."""
-        self._halted = False
+        self._halted = self._closes = False
         self.wake()
 
     # The relay's thread
@@ -267,7 +268,7 @@ class Relay:
                 return False
             self._journal.directory.relay_lock.release()
             self._thread = None
-            if self._halted:  # whoever has stopped the buffer may not have had the time to wait for this
+            if self._closes:  # whoever has stopped the buffer may not have had the time to wait for this
                 self._journal.close()
             self.ended.set()
         return True

@@ -42,11 +42,11 @@ def test_eight_processes_make_one_write_a_key_and_interval(journaled, seconds):
     keys = 200 if seconds < 10 else 1000
     code = f"""
     import json, random
-    class Timed(Lines):
+    class Lines(Lines):
         def handle_batch(self, batch):
             super().handle_batch(batch)
             append("writes", json.dumps([time.monotonic(), list(batch.counts)]) + "\\n")
-    views = Timed(interval=1.0).start()
+    views = Lines(interval=1.0).start()
     end, done = time.monotonic() + {seconds}, 0
     keys = [f"key-{{number}}" for number in range({keys})]
     while time.monotonic() < end:

@@ -59,7 +59,7 @@ class Delivery:
                 stop.pause(LOOK)
         except StopAtOnce:
             shutdown = 0.0
-        self.relay.halt()
+        self.relay.halt(close=False)
         self.relay.ended.wait(shutdown)
         return not self._waits(upto if upto is not None else 2**63 - 1)
 

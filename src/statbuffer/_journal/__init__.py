@@ -328,7 +328,7 @@ class Journal:
         for file in self._files:
             file.close()
         with contextlib.suppress(OSError):
-            self.directory.forget()
+            self.directory.close()
 
     def __repr__(self) -> str:
         return f"<Journal {self.directory}>"

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -48,49 +49,56 @@ _REMOTE: Final = {
 
 
 class Lock:
-    """One flock on one file. Not reentrant; any thread."""
+    """One flock on one file. Any thread."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._fd: int | None = None
+        self._guard = threading.RLock()
 
     @property
     def held(self) -> bool:
         """Whether this object holds the lock, on the file that is there now."""
-        if self._fd is None:
+        with self._guard:
+            if self._fd is None:
+                return False
+            try:
+                if os.stat(self._path).st_ino == os.fstat(self._fd).st_ino:  # noqa: PTH116  # asked at every step
+                    return True
+            except FileNotFoundError:
+                pass
+            self.release()  # somebody has deleted the directory: others would lock another file
             return False
-        try:
-            if os.stat(self._path).st_ino == os.fstat(self._fd).st_ino:  # noqa: PTH116  # asked at every step
-                return True
-        except FileNotFoundError:
-            pass
-        self.release()  # somebody has deleted the directory: others would lock another file
-        return False
 
     def take(self, *, shared: bool = False, wait: bool = False) -> bool:
         """Take the lock, or change it to this kind; return whether that succeeded."""
-        fd = self._fd if self.held else None
-        if fd is None:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            if self._fd is None:
-                os.close(fd)
-            return False
-        except OSError:
-            if self._fd is None:
-                os.close(fd)
-            raise
-        self._fd = fd
-        return True
+        with self._guard:
+            fd = self._fd if self.held else None
+            if fd is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+            except OSError as error:
+                if self._fd is None:
+                    os.close(fd)
+                if isinstance(error, BlockingIOError):
+                    return False
+                raise
+            self._fd = fd
+            return True
 
     def release(self) -> None:
-        """Let others have it. In a forked child this only closes the child's share."""
-        fd, self._fd = self._fd, None
-        if fd is not None:
-            os.close(fd)
+        """Let others have it."""
+        with self._guard:
+            fd, self._fd = self._fd, None
+            if fd is not None:
+                os.close(fd)
+
+    def forget(self) -> None:
+        """Let go of the parent's share, in a forked child: the lock stays the parent's."""
+        self._guard = threading.RLock()
+        self.release()
 
 
 class Directory:
@@ -185,7 +193,12 @@ class Directory:
                     os.close(fd)
 
     def forget(self) -> None:
-        """Let go of both locks: the journal is closed, or this is a child that inherited them."""
+        """Let go of both locks, in a forked child that inherited them."""
+        self.relay_lock.forget()
+        self.users_lock.forget()
+
+    def close(self) -> None:
+        """Let go of both locks."""
         self.relay_lock.release()
         self.users_lock.release()
 

@@ -144,6 +144,9 @@ class JournalFile:
         with self._lock:
             self._drop()
 
+    def __del__(self) -> None:
+        self._drop()
+
     def before_fork(self) -> None:
         """Close the connection and keep it closed until `after_fork_in_parent`."""
         self._lock.acquire()
