@@ -175,7 +175,7 @@ class Relay:
                 self._takeover.check()
             now = self._clock.monotonic()
             if self.delivery.resume_at > now and not self._is_hurried():
-                self.seals.fold()
+                self.seals.fold(now)
                 return min(self.delivery.resume_at - now, LOOK)
             if self.delivery.batch is None and not self._take(now):
                 return self._until_next(now)
@@ -246,6 +246,8 @@ class Relay:
             self._told = told
 
     def _replace_file(self, error: Damaged) -> float:
+        if not self.delivers:
+            return STANDBY  # whoever does has been told to look (JournalFile leaves `suspect`)
         try:
             self._takeover.set_aside()
         except Exception as trouble:  # noqa: BLE001  # as in _safe_step

@@ -68,6 +68,7 @@ class Seals:
         self._monotonic = monotonic
         self._file = journal.relay_file
         self._jitter = 0.0
+        self._next_fold = -math.inf
         self._keys: dict[str, Hashable] = {}  # of the batch on offer, by text
         self.batches = self.attempts = self.failures = 0
         self.stored = 0
@@ -300,8 +301,14 @@ class Seals:
 
     # While the store is down, and while nothing happens
 
-    def fold(self) -> None:
-        """Merge the moves of each buffer that has many waiting into one. A sum past 64 bits leaves them as they are."""
+    def fold(self, now: float) -> None:
+        """Merge the moves of each buffer that has many waiting into one, once a second at most.
+
+        A sum past 64 bits leaves them as they are.
+        """
+        if now < self._next_fold:
+            return
+        self._next_fold = now + 1.0
         with self._file.snapshot() as connection:
             waiting = connection.execute(
                 "SELECT writer, json_group_array(id) FROM moves JOIN contents ON move = id WHERE seal = 0 AND not_before = 0 "
