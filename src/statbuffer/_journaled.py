@@ -107,12 +107,12 @@ class Journaled:
             left = deadline - self._clock.monotonic()
             if left <= 0:
                 break
+            self.relay.resume()  # it may have been halted by a stop() that a signal handler has interrupted
             self._drain(deadline)
             self.relay.halt(close=False)
             ended = self._clock.wait(self.relay.ended, max(0.0, deadline - self._clock.monotonic()))
             if not ended or self._is_empty():
                 break
-            self.relay.resume()
         self._halted = True
         self.relay.halt(close=True)
 

@@ -80,8 +80,17 @@ def _see_through(buffer: StatBuffer) -> StopReport:
             continue
 
 
+def _all_known() -> list[StatBuffer]:
+    """Return all buffers, in the order in which all threads that fork take their locks."""
+    while True:
+        try:
+            return sorted(_known, key=id)
+        except RuntimeError:  # another thread makes a buffer just now
+            continue
+
+
 def _before_fork() -> None:
-    _fork.buffers = sorted(_known, key=id)  # all threads that fork take the locks in the same order
+    _fork.buffers = _all_known()
     for buffer in _fork.buffers:
         buffer._before_fork()  # noqa: SLF001  # no business of a user
 

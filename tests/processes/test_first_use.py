@@ -82,6 +82,7 @@ def start(ground: Ground, *options: str) -> tuple[subprocess.Popen[bytes], int]:
     return process, int(found[1])
 
 
+@pytest.mark.torture  # as test_servers.py, but started late
 @pytest.mark.parametrize("options", [(), ("-k", "gthread", "--threads", "3")], ids=["sync", "gthread"])
 def test_a_buffer_that_workers_start_at_their_first_request_loses_nothing(ground, options):
     process, port = start(ground, "--max-requests", "100", "--max-requests-jitter", "30", *options)
@@ -107,6 +108,7 @@ def test_sigterm_under_load_loses_nothing_that_was_answered(ground):
     assert len(load.answered["/count"]) <= ground.stored()["/count"] <= load.sent["/count"], ground.log()[-3000:]
 
 
+@pytest.mark.torture
 def test_killed_workers_lose_no_more_than_they_answered_within_the_last_sync_interval(journaled):
     process, port = start(journaled)
     load = Answers(port, ["/count", "/count", "/sync", "/sync"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import sys
 from collections import defaultdict
 
 import pytest
@@ -77,34 +76,3 @@ def test_eight_processes_make_one_write_a_key_and_interval(journaled, seconds):
     middle = [times for times in writes.values() if len(times) > 3]
     gaps = [times[2] - times[1] for times in middle]
     assert min(gaps) > 0.9, "two writes of a key within an interval"
-
-
-@pytest.mark.skipif(sys.version_info < (3, 12), reason="sub-interpreters of their own GIL came with Python 3.12")
-def test_a_sub_interpreter_is_refused_or_right(ground):
-    ground.run("""
-    try:
-        import _interpreters as interpreters
-    except ImportError:
-        import _xxsubinterpreters as interpreters
-    code = '''
-import sys
-sys.path[:] = {path!r}
-try:
-    from statbuffer import StatBuffer
-    from statbuffer.testing import MemorySink
-except ImportError as error:
-    print("refused", error)
-else:
-    sink = MemorySink()
-    with StatBuffer(sink) as views:
-        views.increment("a", 3)
-    assert sink.counts == {{"a": 3}}
-'''.format(path=sys.path)
-    for make_one in (interpreters.create,):
-        made = make_one()
-        failure = interpreters.run_string(made, code)
-        assert failure is None, failure
-    views = make().start()
-    count(views, "main", 2)
-    """)
-    ground.assert_exact()

@@ -119,7 +119,12 @@ def start_gunicorn(ground: Ground, *options: str):
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("--preload",), ("--preload", "-k", "gthread", "--threads", "3")], ids=["", "preload", "threads"]
+    "options",
+    [
+        pytest.param((), marks=pytest.mark.torture, id="sync"),
+        pytest.param(("--preload",), id="preload"),
+        pytest.param(("--preload", "-k", "gthread", "--threads", "3"), marks=pytest.mark.torture, id="threads"),
+    ],
 )
 def test_gunicorn_that_recycles_its_workers_loses_nothing(ground, options):
     process, port = start_gunicorn(ground, "--max-requests", "150", "--max-requests-jitter", "50", *options)

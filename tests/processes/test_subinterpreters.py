@@ -39,8 +39,6 @@ with open(TOLD, "w") as file:
 
 @pytest.mark.parametrize("kind", ["isolated", "legacy"])
 def test_a_sub_interpreter_is_refused_or_right(journaled, kind):
-    # Fails for "isolated": the compiled table is refused there (rightly, it has one state for the process), which is taken for
-    # "no compiler was at hand"; the reference table is used, start() succeeds and the flusher, a daemon thread, can't be started.
     (journaled.path / "inside_one.txt").write_text(INSIDE)
     code = f"""
     try:

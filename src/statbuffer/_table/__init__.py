@@ -19,6 +19,11 @@ else:
         try:
             from statbuffer._table._native import CounterTable
         except ImportError as error:
+            if "subinterpreter" in str(error):
+                raise ImportError(
+                    "statbuffer can't be used in a sub-interpreter with a GIL of its own: its table serves one interpreter, "
+                    "and no thread there could deliver; count in the main interpreter"
+                ) from error
             how = (
                 "statbuffer was installed without its compiled counter table, for want of a C compiler; install one, then: "
                 "pip install --force-reinstall --no-binary statbuffer statbuffer"
