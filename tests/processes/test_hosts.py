@@ -40,7 +40,8 @@ def test_a_process_that_dies_while_it_delivers_is_replaced_within_a_second(journ
 def test_eight_processes_make_one_write_a_key_and_interval(journaled, seconds):
     keys = 200 if seconds < 10 else 1000
     code = f"""
-    import json, random
+    import json
+    signal.alarm({seconds + 50:.0f})
     class Lines(Lines):
         def handle_batch(self, batch):
             super().handle_batch(batch)
